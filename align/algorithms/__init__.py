@@ -1,0 +1,1 @@
+"""What trains a policy, one file per algorithm."""

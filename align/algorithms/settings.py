@@ -1,0 +1,60 @@
+"""Settings of the algorithms; values and comments are in conf/algorithm/."""
+
+from dataclasses import dataclass
+
+from align.checks import check_choice, check_range
+
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "paged_adamw_8bit")
+DPO_LOSSES = ("sigmoid", "ipo", "hinge")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceTraining:
+    """What every training on pairs shares. Batches are counted in pairs, over all devices together."""
+
+    name: str
+    module: str | None
+    epochs: float
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    schedule: str
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    optimizer: str
+    gradient_checkpointing: bool
+    held_out: float
+    evaluations: int
+    max_drop: float
+
+    def __post_init__(self) -> None:
+        check_range("algorithm.epochs", self.epochs, low=0, above=True)
+        check_range("algorithm.batch_size", self.batch_size, low=1)
+        check_range("algorithm.micro_batch_size", self.micro_batch_size, low=1, high=self.batch_size)
+        check_range("algorithm.learning_rate", self.learning_rate, low=0, above=True)
+        check_choice("algorithm.schedule", self.schedule, SCHEDULES)
+        check_range("algorithm.warmup", self.warmup, low=0, high=1)
+        check_range("algorithm.weight_decay", self.weight_decay, low=0)
+        check_range("algorithm.max_grad_norm", self.max_grad_norm, low=0, above=True)
+        check_choice("algorithm.optimizer", self.optimizer, OPTIMIZERS)
+        check_range("algorithm.held_out", self.held_out, low=0, high=0.5, above=True)
+        check_range("algorithm.evaluations", self.evaluations, low=1)
+        check_range("algorithm.max_drop", self.max_drop, low=0, above=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dpo(PreferenceTraining):
+    """Direct preference optimization and its relatives."""
+
+    loss: str
+    beta: float
+    label_smoothing: float
+    soft_labels: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("algorithm.loss", self.loss, DPO_LOSSES)
+        check_range("algorithm.beta", self.beta, low=0, above=True)
+        check_range("algorithm.label_smoothing", self.label_smoothing, low=0, high=0.49)

@@ -1,0 +1,31 @@
+"""What can go wrong for a user: one exception tree, one line each.
+
+AlignError
+├── ConfigError   a setting is wrong; nothing was started
+├── DataError     a file or a record is wrong; it names the file and the line
+├── JudgeError    a judge cannot work as asked
+└── StageError    a stage cannot go on; what it finished is kept
+
+A message has three parts: what was given, why it cannot work, what to type.
+`run.py` prints it without a traceback and exits with a non-zero status.
+"""
+
+
+class AlignError(Exception):
+    """Anything that the user can put right."""
+
+
+class ConfigError(AlignError):
+    """A setting is wrong; nothing was started."""
+
+
+class DataError(AlignError):
+    """A file or a record is wrong."""
+
+
+class JudgeError(AlignError):
+    """A judge cannot work as asked."""
+
+
+class StageError(AlignError):
+    """A stage cannot go on."""

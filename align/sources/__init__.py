@@ -1,0 +1,1 @@
+"""Where prompts and preferences come from, one file per source."""

@@ -1,0 +1,1 @@
+"""The verbs: one file per stage, each with one public `run`."""
