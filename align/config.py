@@ -1,0 +1,197 @@
+"""The door: turns the composed configuration into checked dataclasses. Besides run.py the only place that knows OmegaConf.
+
+A node with a `name` is read by the dataclass of that name (`dpo` → `Dpo`) in its room's settings.py, or by
+`Settings` of the user's own `module`. Values come from YAML alone, so a default lives once.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from align.algorithms.settings import PreferenceTraining
+from align.checks import check_choice, check_range
+from align.errors import ConfigError
+from align.models.settings import Lora, Model
+from align.samplers.settings import Hf
+from align.sources.settings import Source
+from align.stages.settings import Evaluate, Label
+
+PACKAGE = Path(__file__).parent
+STAGES = ("generate", "label", "train", "evaluate")
+MODES = ("auto", "inline", "accelerate")
+PRECISIONS = ("no", "bf16")
+
+
+def shipped(folder: str, clone_folder: str) -> Path:
+    """Where a folder of data stands: inside the installed package, or beside it in a clone."""
+    inside = PACKAGE / folder
+    return inside if inside.is_dir() else PACKAGE.parent / clone_folder
+
+
+CONF = shipped("conf", "conf")
+STARTER = shipped("starter", "data/starter")
+
+
+def register_resolvers() -> None:
+    """`${starter:FILE}` is the path of a file of the starter kit, wherever the package is installed."""
+    OmegaConf.register_new_resolver("starter", lambda file: str(STARTER / file), replace=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How the training is started; cannot change what comes out, so it is in no fingerprint."""
+
+    mode: str
+    processes: int | None
+    threads: int | None
+    mixed_precision: str
+
+    def __post_init__(self) -> None:
+        check_choice("launch.mode", self.mode, MODES)
+        check_choice("launch.mixed_precision", self.mixed_precision, PRECISIONS)
+        for key in ("processes", "threads"):
+            value = getattr(self, key)
+            if value is not None:
+                check_range(f"launch.{key}", value, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, checked."""
+
+    recipe_name: str
+    stages: list[str]
+    name: str
+    workspace: str
+    seed: int
+    verify: bool
+    model: Model
+    adapter: Lora
+    data: Source
+    sampler: Hf
+    judge: Any
+    label: Label
+    algorithm: PreferenceTraining
+    evaluate: Evaluate
+    launch: Launch
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError(f"stages=[]: nothing to do; choose among {', '.join(STAGES)}")
+        for stage in self.stages:
+            check_choice("stages", stage, STAGES)
+        if self.name in (".", "..", "artifacts") or "/" in self.name or not self.name.strip():
+            raise ConfigError(f"name={self.name}: must be a folder name of its own; type name=my-run")
+        check_range("seed", self.seed, low=0, high=2**31 - 1)
+
+
+ROOMS = {
+    "model": "align.models",
+    "adapter": "align.models",
+    "data": "align.sources",
+    "sampler": "align.samplers",
+    "judge": "align.judge",
+    "evaluate.judge": "align.judge",
+    "algorithm": "align.algorithms",
+}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def plain(composed: DictConfig) -> dict[str, Any]:
+    """Resolved and free of OmegaConf."""
+    if composed.get("recipe_name") is None:
+        raise ConfigError(f"no recipe given; type recipe=NAME ({', '.join(options('recipe'))})")
+    try:
+        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or "a setting"
+        raise ConfigError(f"{key} has no value; type {key}=VALUE") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    return typing.cast(dict[str, Any], tree)
+
+
+def read_config(tree: Mapping[str, Any]) -> Config:
+    """The checked configuration, from composed values or from those of a frozen config.yaml.
+
+    Raises:
+        ConfigError: an unknown, missing or unfit setting, in one line that names its key.
+    """
+    return typing.cast(Config, build(Config, tree, ""))
+
+
+def options(group: str) -> list[str]:
+    """The names that a group of the shipped configuration offers."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def build(cls: type[Any], node: Mapping[str, Any], prefix: str) -> Any:
+    """`cls` from a mapping: no key unknown, none missing, each value of its type."""
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in node:
+        if key not in known:
+            full = [f"{prefix}{name}" for name in known]
+            raise ConfigError(f"{prefix}{key}: no such setting{did_you_mean(f'{prefix}{key}', full)}")
+    missing = [key for key in known if key not in node]
+    if missing:
+        raise ConfigError(f"{prefix}{missing[0]} has no value; type {prefix}{missing[0]}=VALUE")
+    return cls(**{key: convert(f"{prefix}{key}", hints[key], node[key]) for key in known})
+
+
+def convert(key: str, hint: Any, value: Any) -> Any:
+    if key in ROOMS:
+        return build_named(key, hint, value)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value}: is a group of settings, not a value; type {key}.SETTING=VALUE")
+        return build(typing.cast(type[Any], hint), value, f"{key}.")
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        wanted = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise ConfigError(f"{key}={value}: must be {wanted}") from error
+
+
+def build_named(key: str, hint: Any, node: Any) -> Any:
+    """The dataclass that reads one group's node; None for a judge called none."""
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{key}={node}: is a group, not a value; type {key}=NAME with a file of conf/{key}/")
+    if key in ("model", "adapter"):
+        return build(hint, node, f"{key}.")
+    name, module = node.get("name"), node.get("module")
+    if name == "none":
+        return None
+    return build(settings_class(ROOMS[key], str(name), module, key), node, f"{key}.")
+
+
+def settings_class(room: str, name: str, module: str | None, key: str) -> type[Any]:
+    """The dataclass of a name: `Settings` of the user's module, else `<Name>` in the room's settings."""
+    if module is not None:
+        try:
+            return typing.cast(type[Any], importlib.import_module(module).Settings)
+        except ImportError as error:
+            raise ConfigError(
+                f"{key}.module={module}: cannot be imported ({error}); put its folder on PYTHONPATH"
+            ) from error
+        except AttributeError as error:
+            raise ConfigError(f"{key}.module={module}: has no dataclass called Settings; add one") from error
+    settings = importlib.import_module(f"{room}.settings")
+    found = getattr(settings, name.title().replace("_", ""), None)
+    if found is None:
+        raise ConfigError(f"{key}.name={name}: nothing of that name in {room}; set {key}.module for your own")
+    return typing.cast(type[Any], found)

@@ -1,0 +1,110 @@
+"""Where a step runs: in this process, or on several through `accelerate launch`."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+from align.artifacts import Run, write_json
+from align.config import Launch
+from align.errors import StageError
+from align.named import named_module
+from align.plan import Step
+
+REQUEST = "launch.json"
+
+
+def perform(step: Step, *, inputs: Mapping[str, Path], out: Path, run: Run, launch: Launch) -> None:
+    """Runs one step to its end, where `launch` says."""
+    processes = wanted_processes(launch) if step.distributed else 1
+    if step.distributed and (launch.mode == "accelerate" or processes > 1):
+        spawn(step, inputs=inputs, out=out, run=run, launch=launch, processes=processes)
+        return
+    set_threads(launch.threads or len(os.sched_getaffinity(0)))
+    named_module("align.stages", step.stage).run(step.settings, inputs, out)
+
+
+def wanted_processes(launch: Launch) -> int:
+    if launch.mode == "inline":
+        return 1
+    if launch.processes is not None:
+        return launch.processes
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def set_threads(threads: int) -> None:
+    """One number for every thread pool, so that a result does not depend on the shell's environment."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def spawn(
+    step: Step, *, inputs: Mapping[str, Path], out: Path, run: Run, launch: Launch, processes: int
+) -> None:
+    """Starts `python -m align.rank` on each process and waits.
+
+    Raises:
+        StageError: the processes failed; their own last line says why.
+    """
+    request = run.path / REQUEST
+    write_json(
+        request,
+        {
+            "config": str(run.path / "config.yaml"),
+            "step": step.name,
+            "inputs": {name: str(path) for name, path in inputs.items()},
+            "out": str(out),
+        },
+    )
+    threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [*accelerate_command(launch, processes), "-m", "align.rank", str(request)]
+    child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+    try:
+        status = child.wait()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGINT)
+        child.wait()
+        raise
+    if status != 0:
+        raise StageError(
+            f"{step.name}: accelerate's processes ended with status {status}; the lines above say why. "
+            "What is finished is kept, the same command goes on"
+        )
+
+
+def accelerate_command(launch: Launch, processes: int) -> list[str]:
+    import torch
+
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
+    command += ["--num_machines=1", f"--mixed_precision={launch.mixed_precision}", "--dynamo_backend=no"]
+    command += [f"--main_process_port={free_port()}"]
+    if not torch.cuda.is_available():
+        command.append("--cpu")
+    if processes > 1:
+        command.append("--multi_gpu" if torch.cuda.is_available() else "--multi_cpu")
+    return command
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this process when its parent dies, even by SIGKILL (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

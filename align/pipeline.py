@@ -1,0 +1,141 @@
+"""Runs the steps of a plan: reuses what is finished, resumes what is not, and keeps the run's folder up to date."""
+
+import shlex
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.artifacts import Artifact, HashCache, Run, fingerprint, lock, read_json, write_json
+from align.config import Config
+from align.errors import StageError
+from align.launch import perform
+from align.models.identity import pinned
+from align.plan import Step, plan, shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How one run ended, for the table that compares the runs of a sweep."""
+
+    overrides: list[str]
+    folder: Path | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+def run_pipeline(config: Config, *, tree: Mapping[str, Any], overrides: list[str]) -> Outcome:
+    """Everything from the configuration to the report; what is finished already is not done again.
+
+    Args:
+        tree: the same configuration as plain values, to be frozen in the run's folder.
+
+    Raises:
+        AlignError: the plan cannot work, or a stage cannot go on.
+    """
+    command = shlex.join(["python", "-m", "align.run", *overrides])
+    plan(config, yaml="", command=command)  # what cannot work is refused before the hub is asked
+    config = replace(config, model=pinned(config.model))
+    frozen = {**tree, "model": {**tree["model"], "revision": config.model.revision}}
+    text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
+    steps = plan(config, yaml=text, command=command)
+    workspace = Path(config.workspace).absolute()
+    hashes = HashCache(workspace / "artifacts" / "hashes.json")
+    shapes = {step.name: identity(step, hashes) for step in steps}
+    whole = {step.name: [shapes[step.name], dict(step.inputs)] for step in steps}
+    run = Run(workspace=workspace, name=config.name, fingerprint=fingerprint(whole))
+    run.open(text)
+    hashes.save()
+    run.event("started", command=command)
+    made: dict[str, Artifact] = {}
+    worked = [make(step, shapes[step.name], made, run, config) for step in steps]
+    metrics = gather_metrics(made, run)
+    run.event("finished")
+    closing(run, made, anything=any(worked))
+    return Outcome(overrides=overrides, folder=run.path, metrics=metrics)
+
+
+def identity(step: Step, hashes: HashCache) -> dict[str, Any]:
+    """What a step is, its inputs' content aside."""
+    return {
+        "stage": step.stage,
+        "stage_version": step.settings.version,
+        "settings": shape(step.settings, hashes),
+    }
+
+
+def make(step: Step, shaped: dict[str, Any], made: dict[str, Artifact], run: Run, config: Config) -> bool:
+    """Brings one step's artifact about; False when it stood there already."""
+    contents = {name: made[source].content() for name, source in step.inputs.items()}
+    body = {**shaped, "inputs": contents}
+    artifact = run.artifact(step.stage, fingerprint(body))
+    artifact.path.parent.mkdir(parents=True, exist_ok=True)
+    waiting = f"{step.name}: another run is making it; waiting for it to finish"
+    with lock(artifact.path.with_suffix(".lock"), waiting=waiting):
+        worked = not artifact.finished(verify=config.verify)
+        if worked:
+            work(step, artifact, body, made, run, config)
+        else:
+            print(f"{step.name:<13} up to date", flush=True)
+            run.event("reused", step=step.name, artifact=str(artifact.path))
+    made[step.name] = artifact
+    for link in step.links:
+        run.link(run.path / link, artifact.path / link)
+    return worked
+
+
+def work(
+    step: Step,
+    artifact: Artifact,
+    body: dict[str, Any],
+    made: dict[str, Artifact],
+    run: Run,
+    config: Config,
+) -> None:
+    """Calls the stage and closes its artifact with the manifest."""
+    resumed = artifact.path.is_dir()
+    artifact.path.mkdir(exist_ok=True)
+    run.event("resumed" if resumed else "began", step=step.name, artifact=str(artifact.path))
+    print(f"{step.name:<13} {'goes on' if resumed else 'starts'}", flush=True)
+    started = time.monotonic()
+    inputs = {name: made[source].path for name, source in step.inputs.items()}
+    try:
+        perform(step, inputs=inputs, out=artifact.path, run=run, launch=config.launch)
+        counts = artifact.path / "counts.json"
+        cost = float(read_json(counts).get("cost_usd", 0.0)) if counts.exists() else 0.0
+        artifact.finish(body=body, duration_s=time.monotonic() - started, cost_usd=cost)
+    except Exception as error:
+        run.event("failed", step=step.name, error=str(error).splitlines()[0] if str(error) else repr(error))
+        if "No space left" in str(error) or shutil.disk_usage(artifact.path).free < 1 << 20:
+            raise StageError(
+                f"{step.name}: no space left below {run.workspace}; free some, then the same command goes on"
+            ) from error
+        raise
+    seconds = time.monotonic() - started
+    print(f"{step.name:<13} done in {seconds:.1f} s", flush=True)
+    run.event("made", step=step.name, artifact=str(artifact.path), seconds=round(seconds, 3))
+
+
+def gather_metrics(made: dict[str, Artifact], run: Run) -> dict[str, Any]:
+    """The flat metrics of all steps, written to the run's metrics.json."""
+    metrics: dict[str, Any] = {}
+    for artifact in made.values():
+        file = artifact.path / "metrics.json"
+        if file.exists():
+            metrics |= read_json(file)
+    write_json(run.path / "metrics.json", metrics)
+    return metrics
+
+
+def closing(run: Run, made: dict[str, Artifact], *, anything: bool) -> None:
+    latest = run.path.with_name("latest")
+    if not anything:
+        print(f"everything is up to date: {latest}")
+    if "report" in made:
+        print((made["report"].path / "verdict.txt").read_text(encoding="utf-8").strip())
+        print(f"report: {latest / 'report.html'}")
+        print(f"try it: python -m align.chat run={run.name} workspace={shlex.quote(str(run.workspace))}")

@@ -1,0 +1,222 @@
+"""What a run consists of: from the configuration to an ordered list of steps, checked before anything starts."""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from align.algorithms.needs import Needs
+from align.artifacts import HashCache
+from align.config import Config
+from align.errors import ConfigError
+from align.models.settings import Model
+from align.named import named_module
+from align.records import Preference, Prompt
+from align.samplers.settings import Hf
+from align.stages.settings import (
+    EvaluateStage,
+    GenerateStage,
+    HoldOutStage,
+    LabelStage,
+    ReadStage,
+    ReferenceStage,
+    ReportStage,
+    TrainStage,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage at work: `name` is what it makes, `stage` the module that makes it, `inputs` what it makes it from.
+
+    `links` are the files that the run's folder shows of it; `distributed` steps may run on several processes.
+    """
+
+    name: str
+    stage: str
+    settings: Any
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    links: tuple[str, ...] = ()
+    distributed: bool = False
+
+
+def plan(config: Config, *, yaml: str, command: str) -> list[Step]:
+    """The steps in order.
+
+    Raises:
+        ConfigError: a stage would lack what it needs; says which and how to add it.
+    """
+    steps: list[Step] = []
+    if "generate" in config.stages:
+        steps += generation(config)
+    if "label" in config.stages:
+        steps.append(labelling(config))
+    if "train" in config.stages:
+        steps += training(config)
+    if "evaluate" in config.stages:
+        steps += evaluation(config, yaml=yaml, command=command)
+    return steps
+
+
+def generation(config: Config) -> list[Step]:
+    provides = named_module("align.sources", config.data.name, config.data.module).PROVIDES
+    if provides is not Prompt:
+        raise ConfigError(
+            f"stages={shown(config)}: generate needs prompts, and data={config.data.name} gives "
+            f"{provides.__name__.lower()}s; leave generate and label out: stages=[train,evaluate]"
+        )
+    read = ReadStage(source=config.data, test=False, limit=config.data.limit)
+    sample = GenerateStage(model=config.model, sampler=config.sampler, seed=config.seed)
+    return [
+        Step(name="prompts", stage="read", settings=read),
+        Step(
+            name="candidates",
+            stage="generate",
+            settings=sample,
+            inputs={"prompts": "prompts"},
+            links=("candidates.jsonl",),
+        ),
+    ]
+
+
+def labelling(config: Config) -> Step:
+    if "generate" not in config.stages:
+        raise ConfigError(f"stages={shown(config)}: label needs candidates; add generate before it")
+    if config.judge is None:
+        raise ConfigError("judge=none: label needs a judge; type judge=NAME, or judge.module=… for your own")
+    return Step(
+        name="preferences",
+        stage="label",
+        settings=LabelStage(label=config.label, judge=config.judge, seed=config.seed),
+        inputs={"candidates": "candidates"},
+        links=("preferences.jsonl",),
+    )
+
+
+def training(config: Config) -> list[Step]:
+    needs: Needs = named_module("align.algorithms", config.algorithm.name, config.algorithm.module).NEEDS
+    steps = []
+    if "label" not in config.stages:
+        provides = named_module("align.sources", config.data.name, config.data.module).PROVIDES
+        if provides is not needs.records:
+            raise ConfigError(
+                f"stages={shown(config)}: algorithm={config.algorithm.name} needs "
+                f"{needs.records.__name__.lower()}s, and data={config.data.name} gives "
+                f"{provides.__name__.lower()}s; add generate and label to stages, or type data=preferences"
+            )
+        read = ReadStage(source=config.data, test=False, limit=config.data.limit)
+        steps.append(Step(name="preferences", stage="read", settings=read, links=("preferences.jsonl",)))
+    elif needs.records is not Preference:
+        raise ConfigError(
+            f"algorithm={config.algorithm.name} needs {needs.records.__name__.lower()}s, and label makes "
+            "preferences; choose an algorithm that trains on preferences"
+        )
+    reference = ReferenceStage(
+        model=config.model, max_length=config.data.max_length, score=needs.reference
+    )
+    train = TrainStage(
+        model=config.model, adapter=config.adapter, algorithm=config.algorithm, seed=config.seed
+    )
+    pairs = {"preferences": "preferences"}
+    return [
+        *steps,
+        Step(name="reference", stage="reference", settings=reference, inputs=pairs),
+        Step(
+            name="train",
+            stage="train",
+            settings=train,
+            inputs={"reference": "reference"},
+            links=("adapter",),
+            distributed=True,
+        ),
+    ]
+
+
+def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
+    if "train" not in config.stages:
+        raise ConfigError(f"stages={shown(config)}: evaluate measures what train made; add train before it")
+    held_out = config.algorithm.held_out
+    if config.data.test_path is None:
+        hold_out = HoldOutStage(share=held_out, limit=config.evaluate.limit)
+        test = Step(
+            name="test_prompts", stage="hold_out", settings=hold_out, inputs={"preferences": "preferences"}
+        )
+    else:
+        read = ReadStage(source=config.data, test=True, limit=config.evaluate.limit)
+        test = Step(name="test_prompts", stage="read", settings=read)
+    sampler = Hf(
+        name="hf",
+        module=None,
+        n=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        batch_size=config.sampler.batch_size,
+    )
+    sample = GenerateStage(model=config.model, sampler=sampler, seed=config.seed)
+    measure = EvaluateStage(
+        model=config.model,
+        judge=config.evaluate.judge,
+        resamples=config.evaluate.resamples,
+        precision_samples=config.evaluate.precision_samples,
+        seed=config.seed,
+    )
+    # An evaluation judge that is the labeller's own must be told from an independent one, so its name goes along.
+    label_judge = getattr(config.judge, "name", "") if "label" in config.stages else ""
+    made = ["prompts", "candidates"] if "generate" in config.stages else []
+    everything = [*made, "preferences", "reference", "train", "test_prompts", "before", "after", "evaluate"]
+    return [
+        test,
+        Step(name="before", stage="generate", settings=sample, inputs={"prompts": "test_prompts"}),
+        Step(
+            name="after",
+            stage="generate",
+            settings=sample,
+            inputs={"prompts": "test_prompts", "train": "train"},
+        ),
+        Step(
+            name="evaluate",
+            stage="evaluate",
+            settings=measure,
+            inputs={"before": "before", "after": "after", "train": "train"},
+        ),
+        Step(
+            name="report",
+            stage="report",
+            settings=ReportStage(name=config.name, label_judge=label_judge, config=yaml, command=command),
+            inputs={name: name for name in everything},
+            links=("report.html", "adapter"),
+        ),
+    ]
+
+
+def shown(config: Config) -> str:
+    return f"[{','.join(config.stages)}]"
+
+
+def shape(value: Any, hashes: HashCache) -> Any:
+    """What of a step's settings shapes its output, as plain values: paths become the hashes of what they hold."""
+    if isinstance(value, Model):
+        known = {f.name: shape(getattr(value, f.name), hashes) for f in fields(value)}
+        if Path(value.name).is_dir():
+            known |= {"name": hashes.content(Path(value.name)), "revision": None}
+        if value.chat_template is not None:
+            known["chat_template"] = hashes.content(Path(value.chat_template))
+        return known
+    if is_dataclass(value) and not isinstance(value, type):
+        shaping = {}
+        for f in fields(value):
+            part, mark = getattr(value, f.name), f.metadata.get("fingerprint")
+            if mark == "content" and part is not None:
+                shaping[f.name] = hashes.content(Path(part))
+            elif f.name == "module" and part is not None:
+                spec = importlib.util.find_spec(part)
+                shaping[f.name] = hashes.content(Path(spec.origin)) if spec and spec.origin else part
+            elif mark != "ignore":
+                shaping[f.name] = shape(part, hashes)
+        return shaping
+    if isinstance(value, list | tuple):
+        return [shape(part, hashes) for part in value]
+    return value

@@ -1,0 +1,34 @@
+"""What each process of `accelerate launch` runs: one step of a run whose configuration is frozen. No Hydra here."""
+
+import logging
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from align.artifacts import read_json
+from align.config import read_config
+from align.errors import AlignError
+from align.launch import die_with_parent
+from align.named import named_module
+from align.plan import plan
+
+
+def main(request_file: str) -> None:
+    """Exit status 1 and one line for an error of the user's."""
+    die_with_parent()
+    request = read_json(Path(request_file))
+    config = read_config(OmegaConf.to_container(OmegaConf.load(request["config"])))  # type: ignore[arg-type]
+    step = next(s for s in plan(config, yaml="", command="") if s.name == request["step"])
+    inputs = {name: Path(path) for name, path in request["inputs"].items()}
+    # A rank that stops early is reported by its own line, not by the agent's traceback.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        named_module("align.stages", step.stage).run(step.settings, inputs, Path(request["out"]))
+    except AlignError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,173 @@
+"""Measures the policy against the model it started from: both answered the same prompts, judged blind in both orders."""
+
+import asyncio
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from align.artifacts import read_json, write_json
+from align.jsonl import dump_line, read_records
+from align.named import named_module
+from align.progress import progress_bar
+from align.records import OK, STATUSES, TIE, Candidate, Comparison, Prompt, Response, Verdict
+from align.stages.settings import EvaluateStage
+from align.stats import length_controlled_win_rate, mean_interval, win_rate
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """What the model said to one prompt before and after; `swapped`: the judge is shown the new answer first."""
+
+    prompt: Prompt
+    before: Response
+    after: Response
+    swapped: bool
+
+    def comparison(self) -> Comparison:
+        """Index 0 is before, 1 is after; the texts carry no sign of it."""
+        shown = Comparison(prompt=self.prompt, first=self.before.text, second=self.after.text)
+        return shown.swap() if self.swapped else shown
+
+
+def run(settings: EvaluateStage, inputs: dict[str, Path], out: Path) -> None:
+    """Writes comparisons.jsonl, judge.json and metrics.json (flat, fractions 0 to 1, nats, no durations)."""
+    pairs = list(read_pairs(inputs, settings.seed))
+    metrics: Metrics = {"evaluate/n": len(pairs)}
+    metrics["evaluate/length_before"] = float(numpy.mean([p.before.length for p in pairs]))
+    metrics["evaluate/length_after"] = float(numpy.mean([p.after.length for p in pairs]))
+    trained = read_json(inputs["train"] / "metrics.json")
+    if "train/held_out_accuracy" in trained:
+        metrics["evaluate/held_out_accuracy"] = trained["train/held_out_accuracy"]
+    verdicts: list[Verdict | None] = [None] * len(pairs)
+    if settings.judge is not None:
+        verdicts = list(asyncio.run(judge_all(settings, pairs)))
+        metrics |= verdict_metrics(pairs, verdicts, settings)
+    with (out / "comparisons.jsonl").open("wb") as file:
+        file.writelines(dump_line(row(p, v)) for p, v in zip(pairs, verdicts, strict=True))
+    name = None if settings.judge is None else settings.judge.name
+    write_json(out / "judge.json", {"judge": name})
+    from align.stages.divergence import divergence
+
+    metrics |= divergence(settings, pairs, inputs["train"] / "adapter")
+    write_json(out / "metrics.json", dict(sorted(metrics.items())))
+
+
+def read_pairs(inputs: dict[str, Path], seed: int) -> Iterator[Pair]:
+    before = read_records(inputs["before"] / "candidates.jsonl", Candidate.from_json)
+    after = read_records(inputs["after"] / "candidates.jsonl", Candidate.from_json)
+    for old, new in zip(before, after, strict=True):
+        assert old.id == new.id, "both were sampled from the same prompts"
+        coin = hashlib.sha256(f"{seed}/evaluate/{old.id}".encode("utf-8", "surrogatepass")).digest()[0] % 2
+        yield Pair(
+            prompt=Prompt(id=old.id, messages=old.messages, meta=old.meta),
+            before=old.responses[0],
+            after=new.responses[0],
+            swapped=bool(coin),
+        )
+
+
+async def judge_all(settings: EvaluateStage, pairs: Sequence[Pair]) -> list[Verdict]:
+    """One verdict a pair, in the pairs' order, told from the side of (before, after)."""
+    judge = named_module("align.judge", settings.judge.name, settings.judge.module)
+    found: dict[str, Verdict] = {}
+    comparisons = (pair.comparison() for pair in pairs)
+    with progress_bar("judge", len(pairs), unit="comparisons") as advance:
+        async for verdict in judge.compare(comparisons, settings=settings.judge):
+            found[verdict.id] = verdict
+            advance(1, 1)
+    return [found[pair.prompt.id] for pair in pairs]
+
+
+def p_after(verdict: Verdict) -> float | None:
+    """Probability that the new answer is better, None where the judge gave no verdict."""
+    if verdict.p_first is None:
+        return None
+    return verdict.p_first if verdict.first == 1 else 1 - verdict.p_first
+
+
+def scores(verdict: Verdict, side: int) -> dict[str, float]:
+    """The judge's marks for before (0) or after (1)."""
+    if not verdict.scores:
+        return {}
+    return dict(verdict.scores[0 if verdict.first == side else 1])
+
+
+def verdict_metrics(
+    pairs: Sequence[Pair], verdicts: Sequence[Verdict], settings: EvaluateStage
+) -> Metrics:
+    """Win rate (ties count half), length-controlled win rate, and each criterion before and after."""
+    judged = [(pair, v, p) for pair, v in zip(pairs, verdicts, strict=True) if (p := p_after(v)) is not None]
+    p = numpy.array([p for _, _, p in judged])
+    metrics: Metrics = {f"evaluate/{status}": float(sum(v.status == status for v in verdicts)) for status in STATUSES if status not in (OK, TIE)}
+    metrics["evaluate/n_judged"] = len(judged)
+    if not judged:
+        return metrics
+    rate = win_rate(p, seed=settings.seed, resamples=settings.resamples)
+    metrics |= {
+        "evaluate/win_rate": rate.mean,
+        "evaluate/win_rate_low": rate.low,
+        "evaluate/win_rate_high": rate.high,
+        "evaluate/ties": float(numpy.mean(p == 0.5)),
+        "evaluate/inconsistent": float(numpy.mean([not v.consistent for _, v, _ in judged])),
+        "evaluate/win_rate_length_controlled": length_controlled_win_rate(
+            p,
+            length_after=numpy.array([pair.after.length for pair, _, _ in judged]),
+            length_before=numpy.array([pair.before.length for pair, _, _ in judged]),
+        ),
+    }
+    return metrics | criteria_metrics([v for _, v, _ in judged], p, settings)
+
+
+def criteria_metrics(verdicts: Sequence[Verdict], p: Any, settings: EvaluateStage) -> Metrics:
+    """What a judge with marks tells beyond who won; empty for one without."""
+    before = [scores(v, 0) for v in verdicts]
+    after = [scores(v, 1) for v in verdicts]
+    metrics: Metrics = {}
+    for name in before[0]:
+        old, new = (numpy.array([marks[name] for marks in side]) for side in (before, after))
+        metrics |= {
+            f"evaluate/criterion/{name}/before": float(old.mean()),
+            f"evaluate/criterion/{name}/after": float(new.mean()),
+            f"evaluate/criterion/{name}/won": float(numpy.mean(new > old)),
+            f"evaluate/criterion/{name}/lost": float(numpy.mean(new < old)),
+            f"evaluate/criterion/{name}/tied": float(numpy.mean(new == old)),
+        }
+        if name == "correct":
+            for side, marks in (("before", old), ("after", new)):
+                interval = mean_interval(marks, seed=settings.seed)
+                metrics[f"evaluate/correct_{side}"] = interval.mean
+                metrics[f"evaluate/correct_{side}_low"] = interval.low
+                metrics[f"evaluate/correct_{side}_high"] = interval.high
+    manners = getattr(named_module("align.judge", settings.judge.name, settings.judge.module), "MANNERS", ())
+    if manners:
+        equal = numpy.array([all(b[m] == a[m] for m in manners) for b, a in zip(before, after, strict=True)])
+        metrics["evaluate/n_equal_manners"] = float(equal.sum())
+        if equal.any():
+            metrics["evaluate/win_rate_equal_manners"] = float(p[equal].mean())
+    return metrics
+
+
+def row(pair: Pair, verdict: Verdict | None) -> dict[str, Any]:
+    """One line of comparisons.jsonl."""
+
+    def side(response: Response, index: int) -> dict[str, Any]:
+        marks = scores(verdict, index) if verdict else {}
+        return {"text": response.text, "length": response.length, "finish": response.finish, "scores": marks}
+
+    return {
+        "v": 1,
+        "id": pair.prompt.id,
+        "messages": [message.to_json() for message in pair.prompt.messages],
+        "before": side(pair.before, 0),
+        "after": side(pair.after, 1),
+        "p_after": p_after(verdict) if verdict else None,
+        "status": verdict.status if verdict else None,
+        "margin": verdict.margin if verdict else None,
+        "consistent": verdict.consistent if verdict else None,
+    }

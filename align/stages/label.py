@@ -1,0 +1,173 @@
+"""Has candidates compared by a judge and writes what it says as preferences."""
+
+import asyncio
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from align.artifacts import write_json
+from align.errors import StageError
+from align.jsonl import IndexedRecords, JsonlAppender, dump_line, read_records
+from align.named import named_module
+from align.progress import progress_bar
+from align.records import OK, STATUSES, TIE, Candidate, Comparison, Preference, Prompt, Verdict
+from align.stages.settings import Label, LabelStage
+
+VERDICTS = "verdicts.jsonl"
+BLOCK = 256
+
+
+def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
+    """Writes verdicts.jsonl (all of them), preferences.jsonl (what became data) and counts.json.
+
+    Raises:
+        StageError: no verdict became a preference.
+    """
+    candidates = IndexedRecords(inputs["candidates"] / "candidates.jsonl", Candidate.from_json)
+    asyncio.run(judge_all(settings, candidates, out / VERDICTS))
+    counts = write_preferences(settings, candidates, out)
+    counts["cost_usd"] = sum(v.cost for v in read_verdicts(out / VERDICTS))
+    write_json(out / "counts.json", counts)
+    if counts["preferences"] == 0:
+        raise StageError(
+            f"none of {counts['comparisons']} comparisons became a preference ({told(counts)}); "
+            "sample more varied answers (sampler.n, sampler.temperature) or look at verdicts.jsonl"
+        )
+    print(f"labelled {counts['comparisons']} comparisons: {told(counts)}", flush=True)
+
+
+def told(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status]) or "none"
+
+
+def distinct(candidate: Candidate) -> list[int]:
+    """Indices of the answers worth comparing: not empty, and the first of each text."""
+    first: dict[str, int] = {}
+    for i, response in enumerate(candidate.responses):
+        if response.text.strip():
+            first.setdefault(response.text.strip(), i)
+    return list(first.values())
+
+
+def comparisons(candidate: Candidate, *, label: Label, seed: int) -> list[Comparison]:
+    """The pairs to be judged. Who comes first is drawn too, so that no judge can lean on the order of sampling."""
+    digest = hashlib.sha256(f"{seed}/label/{candidate.id}".encode("utf-8", "surrogatepass")).digest()
+    rng = random.Random(int.from_bytes(digest[:8]))
+    pairs = list(combinations(distinct(candidate), 2))
+    if label.pairs == "random":
+        pairs = sorted(rng.sample(pairs, min(label.k, len(pairs))))
+    prompt = Prompt(id=candidate.id, messages=candidate.messages, meta=candidate.meta)
+    made = []
+    for first, second in pairs:
+        if rng.random() < 0.5:
+            first, second = second, first
+        made.append(
+            Comparison(
+                prompt=prompt,
+                first=candidate.responses[first].text,
+                second=candidate.responses[second].text,
+                first_index=first,
+                second_index=second,
+            )
+        )
+    return made
+
+
+async def judge_all(settings: LabelStage, candidates: IndexedRecords[Candidate], path: Path) -> None:
+    """Appends the verdicts that `path` does not hold yet, in blocks."""
+    judge = named_module("align.judge", settings.judge.name, settings.judge.module)
+    with JsonlAppender(path) as appender:
+        judged = {(v.id, v.first, v.second) for v in read_verdicts(path)}
+
+        def missing() -> Iterator[Comparison]:
+            for candidate in candidates:
+                for c in comparisons(candidate, label=settings.label, seed=settings.seed):
+                    if (c.prompt.id, c.first_index, c.second_index) not in judged:
+                        yield c
+
+        total = len(judged) + sum(1 for _ in missing())
+        block: list[Verdict] = []
+        with progress_bar("label", total, unit="comparisons", done=len(judged)) as advance:
+            async for verdict in judge.compare(missing(), settings=settings.judge):
+                block.append(verdict)
+                advance(1, 1)
+                if len(block) == BLOCK:
+                    appender.append(v.to_json() for v in block)
+                    block = []
+            appender.append(v.to_json() for v in block)
+
+
+def read_verdicts(path: Path) -> Iterator[Verdict]:
+    def from_json(line: Any, *, number: int = 0) -> Verdict:
+        return Verdict(**{key: value for key, value in line.items() if key != "v"})
+
+    return read_records(path, from_json)
+
+
+def write_preferences(
+    settings: LabelStage, candidates: IndexedRecords[Candidate], out: Path
+) -> dict[str, Any]:
+    """preferences.jsonl in the candidates' order; returns the counts, those that became no data included."""
+    verdicts: dict[str, list[Verdict]] = {}
+    counts: Counter[str] = Counter()
+    for verdict in read_verdicts(out / VERDICTS):
+        verdicts.setdefault(verdict.id, []).append(verdict)
+        counts[verdict.status] += 1
+        counts["inconsistent"] += not verdict.consistent
+    with (out / "preferences.jsonl").open("wb") as file:
+        for candidate in candidates:
+            ordered = sorted(verdicts.get(candidate.id, []), key=lambda v: (min(v.first, v.second), max(v.first, v.second)))
+            for preference in preferences(candidate, ordered, label=settings.label):
+                file.write(dump_line(preference.to_json()))
+                counts["preferences"] += 1
+            texts = [response.text.strip() for response in candidate.responses]
+            counts["empty"] += sum(not text for text in texts)
+            counts["duplicates"] += len(texts) - len(set(texts))
+    names = (*STATUSES, "inconsistent", "preferences", "empty", "duplicates")
+    return {"comparisons": sum(counts[s] for s in STATUSES), **{name: counts[name] for name in names}}
+
+
+def preferences(
+    candidate: Candidate, verdicts: Iterable[Verdict], *, label: Label
+) -> Iterator[Preference]:
+    """What the verdicts of one prompt teach. Only "ok" and "tie" can; a failure is never data."""
+    usable = [v for v in verdicts if v.status == OK or (v.status == TIE and label.ties == "keep")]
+    if label.pairs == "best_vs_worst":
+        usable = extremes([v for v in verdicts if v.status in (OK, TIE)], usable)
+    for verdict in usable:
+        assert verdict.p_first is not None
+        first_wins = verdict.p_first >= 0.5
+        chosen, rejected = (
+            (verdict.first, verdict.second) if first_wins else (verdict.second, verdict.first)
+        )
+        yield Preference(
+            id=candidate.id,
+            messages=candidate.messages,
+            chosen=candidate.responses[chosen].text,
+            rejected=candidate.responses[rejected].text,
+            p=max(verdict.p_first, 1 - verdict.p_first),
+            margin=verdict.margin,
+            judge=verdict.judge,
+            meta={
+                **candidate.meta,
+                "chosen_index": chosen, "rejected_index": rejected, "consistent": verdict.consistent,
+            },
+        )
+
+
+def extremes(judged: list[Verdict], usable: list[Verdict]) -> list[Verdict]:
+    """The verdict between the answer that won most and the one that won least, if it is usable."""
+    won: dict[int, list[float]] = {}
+    for verdict in judged:
+        assert verdict.p_first is not None
+        won.setdefault(verdict.first, []).append(verdict.p_first)
+        won.setdefault(verdict.second, []).append(1 - verdict.p_first)
+    if not won:
+        return []
+    rate = {i: sum(p) / len(p) for i, p in sorted(won.items())}
+    best, worst = max(rate, key=lambda i: rate[i]), min(rate, key=lambda i: rate[i])
+    return [v for v in usable if {v.first, v.second} == {best, worst}]
