@@ -22,7 +22,7 @@ from align.stats import Interval
 INK, MUTED, GRID, AFTER, BEFORE, WORSE = (f"#0000{i:02x}" for i in range(1, 7))
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", AFTER: "after", BEFORE: "before", WORSE: "worse"}
 POINTS = 72.0  # units of an SVG per inch of matplotlib
-SETTINGS = {"svg.hashsalt": "align", "svg.fonttype": "none", "font.size": 11.5, "path.simplify": False}
+SETTINGS = {"svg.hashsalt": "align", "svg.fonttype": "none"}
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
 MOST_POINTS = 400  # of one curve; more cannot be told apart on paper

@@ -1,0 +1,198 @@
+"""The model card that travels with the adapter: what it is, how well it did, how to load it, what it is not for."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.stages.evidence import Evidence
+from align.stages.verdict import bounds, number, overall, percent, verdict
+
+KEPT = ("ok", "tie")
+LOST = ("refusal", "malformed", "overflow", "failed", "duplicates", "empty", "inconsistent")
+
+
+def model_card(evidence: Evidence, *, name: str, command: str, files: Sequence[str]) -> str:
+    """README.md of the adapter's folder: YAML front matter for the hub, then Markdown.
+
+    Args:
+        name: of the run.
+        command: what reproduces it.
+        files: names of the adapter's files, to know whether the tokenizer came along.
+    """
+    told = verdict(evidence.metrics, judge=evidence.judge)
+    parts = [
+        front_matter(evidence),
+        f"# {inline(name)}",
+        f"An adapter that was aligned to preferences with {algorithm(evidence)} by `align`. {inline(told.sentence)}",
+        "## How well it did",
+        results(evidence),
+        "## What it was trained on",
+        training(evidence),
+        "## How to load it",
+        loading(evidence, files=files),
+        "## Limits",
+        limits(evidence),
+        "## How to reproduce it",
+        fenced(command, "bash"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(evidence: Evidence) -> str:
+    """Hub metadata; every value is written by the YAML library, so no name can break out of its quotes."""
+    base = base_model(evidence)
+    metadata: dict[str, Any] = {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["align", "preference-alignment", algorithm(evidence).lower(), adapter_kind(evidence).lower()],
+    }
+    if is_folder(base):
+        note = f"# The base model is a local folder; name its hub repository here before you publish: {json.dumps(base)}\n"
+        return f"---\n{note}{dumped(metadata)}---"
+    return f"---\n{dumped({'base_model': base, **metadata})}---"
+
+
+def dumped(metadata: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=False, width=10_000)
+
+
+def base_model(evidence: Evidence) -> str:
+    return str(evidence.setting("model.name") or "unknown")
+
+
+def revision(evidence: Evidence) -> str | None:
+    """The commit that training resolved, else the one that was asked for."""
+    trained = (evidence.manifests["train"].get("settings") or {}).get("model") or {}
+    found = trained.get("revision") or evidence.setting("model.revision")
+    return None if found is None else str(found)
+
+
+def is_folder(base: str) -> bool:
+    return base.startswith(("/", ".", "~")) or base.count("/") > 1 or Path(base).is_dir()
+
+
+def algorithm(evidence: Evidence) -> str:
+    return str(evidence.setting("algorithm.name") or "preference optimization").upper()
+
+
+def adapter_kind(evidence: Evidence) -> str:
+    return "QLoRA" if evidence.setting("model.quantization") == "nf4" else "LoRA"
+
+
+def results(evidence: Evidence) -> str:
+    """The table of measurements, each with its interval where there is one."""
+    metrics, rate = evidence.metrics, overall(evidence.metrics)
+    rows = []
+    if rate is not None:
+        rows.append(("Win rate against the start", percent(rate.mean), f"{bounds(rate)}, {rate.n:,} prompts"))
+    for key, label in (
+        ("evaluate/win_rate_length_controlled", "Win rate at equal length"),
+        ("evaluate/win_rate_equal_manners", "Win rate at equal manners"),
+        ("evaluate/correct_before", "Correct before"),
+        ("evaluate/correct_after", "Correct after"),
+        ("evaluate/held_out_accuracy", "Held-out preferences ranked right"),
+    ):
+        if key in metrics:
+            ends = [metrics.get(f"{key}_low"), metrics.get(f"{key}_high")]
+            known = [f"{100 * end:.1f}" for end in ends if end is not None]
+            rows.append((label, percent(metrics[key]), "–".join(known)))
+    for key, label in (
+        ("evaluate/kl", "KL from the start (nats)"),
+        ("evaluate/length_before", "Mean length before (tokens)"),
+        ("evaluate/length_after", "Mean length after (tokens)"),
+    ):
+        if key in metrics:
+            rows.append((label, number(metrics[key]), ""))
+    body = "\n".join(f"| {label} | {value} | {more} |" for label, value, more in rows)
+    judged = "No judge compared the answers." if evidence.judge is None else f"Judge: {inline(evidence.judge)}."
+    if evidence.same_judge:
+        judged += " It is the judge that labelled the training data, so this is no independent measurement."
+    return f"| | | 95% interval |\n|---|---:|---|\n{body}\n\n{judged} A tie counts as half a win."
+
+
+def training(evidence: Evidence) -> str:
+    """Counts of what became data and of what did not."""
+    counts, metrics = evidence.counts.get("preferences", {}), evidence.metrics
+    lines = []
+    if "train/pairs" in metrics:
+        lines.append(f"- {metrics['train/pairs']:,.0f} preference pairs, {metrics.get('train/steps', 0):,.0f} steps")
+    if "comparisons" in counts:
+        labeller = f" by the judge {inline(evidence.label_judge)}" if evidence.label_judge else ""
+        became = f"{counts.get('preferences', 0):,.0f} became preferences"
+        lines.append(f"- {counts['comparisons']:,.0f} comparisons{labeller}, of which {became}")
+        lost = [f"{counts[key]:,.0f} {key}" for key in ("tie", *LOST) if counts.get(key)]
+        lines.append(f"- Of note among them: {', '.join(lost) or 'nothing'}")
+    data = evidence.setting("data.name")
+    if data:
+        lines.append(f"- Data: {inline(str(data))}")
+    reference = "the base model without the adapter, in the same precision as in training"
+    lines.append(f"- Reference policy: {reference}")
+    return "\n".join(lines)
+
+
+def loading(evidence: Evidence, *, files: Sequence[str]) -> str:
+    """Plain peft and transformers; names are written as JSON strings, which are Python strings too."""
+    base, commit = json.dumps(base_model(evidence)), revision(evidence)
+    quantized = evidence.setting("model.quantization") == "nf4"
+    where = "ADAPTER" if "tokenizer_config.json" in files else "BASE"
+    pinned = f", revision={json.dumps(commit)}" if commit else ""
+    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
+    config = [
+        "nf4 = BitsAndBytesConfig(",
+        "    load_in_4bit=True,",
+        '    bnb_4bit_quant_type="nf4",',
+        "    bnb_4bit_use_double_quant=True,",
+        "    bnb_4bit_compute_dtype=torch.bfloat16,  # torch.float32 on a CPU",
+        ")",
+    ]
+    argument = ", quantization_config=nf4" if quantized else ", dtype=torch.bfloat16"
+    code = [
+        "import torch",
+        "from peft import PeftModel",
+        f"from transformers import {imports}",
+        "",
+        f"BASE, ADAPTER = {base}, \".\"  # the folder of this file",
+        *(config if quantized else []),
+        f"base = AutoModelForCausalLM.from_pretrained(BASE{pinned}{argument})",
+        "model = PeftModel.from_pretrained(base, ADAPTER).eval()",
+        f"tokenizer = AutoTokenizer.from_pretrained({where}{pinned if where == 'BASE' else ''})",
+    ]
+    return fenced("\n".join(code), "python")
+
+
+def limits(evidence: Evidence) -> str:
+    """What a reader must not conclude."""
+    lines = [
+        "- It was measured on held-out prompts of the kind it was trained on; elsewhere it may do better or worse.",
+        "- It repeats what its judge prefers, the judge's blind spots included.",
+        "- It was not examined for safety; the base model's limits and licence hold for it too.",
+    ]
+    if evidence.setting("model.quantization") == "nf4":
+        gap = evidence.metrics.get("evaluate/precision_gap")
+        known = f" (measured gap: {number(gap)})" if gap is not None else ""
+        lines.append(
+            f"- It was trained on the 4-bit base; on the base in full precision it answers slightly differently{known}. "
+            "Do not merge it into 4-bit weights."
+        )
+    if evidence.judge == "rubric":
+        lines.append("- The rubric judge knows the starter's facts: what it measures says nothing about other domains.")
+    return "\n".join(lines)
+
+
+def inline(text: str) -> str:
+    """Text of others on one line of Markdown, with nothing in it that Markdown or HTML would act on."""
+    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    for mark in "\\`*_[]#|":
+        flat = flat.replace(mark, f"\\{mark}")
+    return flat
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks in it."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -1,0 +1,296 @@
+"""Writes what a run is mailed as: one page that answers whether it got better, and the adapter with its model card."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from align.artifacts import write_atomic
+from align.errors import StageError
+from align.stages import plots
+from align.stages.card import model_card
+from align.stages.evidence import Compared, Evidence, gather
+from align.stages.plots import AFTER, BEFORE, Change, Line, Rate
+from align.stages.settings import ReportStage
+from align.stages.verdict import bounds, number, overall, percent, verdict
+from align.stats import length_controlled, wilson, win_rate
+
+HERE = Path(__file__).parent
+MOST_GAINS, MOST_LOSSES = 6, 12
+SEED = 0
+LONG_TEXT = 1400
+# Control and format characters that a reader must see rather than be led by; tab and newline stay.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+PANELS = (
+    ("loss", "Loss", ("loss",), "what is minimised"),
+    ("margin", "Reward margin", ("reward_margin",), "implicit reward of chosen minus rejected"),
+    ("accuracy", "Accuracy", ("accuracy",), "share of pairs ranked as the judge ranks them"),
+    ("kl", "KL", ("kl",), "distance from the model it started from, nats"),
+    ("logps", "Log-probabilities", ("chosen_logps", "rejected_logps"), "of whole answers, nats"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One training curve, drawn; `pair` where it shows chosen and rejected instead of training and held-out."""
+
+    title: str
+    told: str
+    svg: Markup
+    pair: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One step's price; `share` of the longest step's time, for the bar."""
+
+    name: str
+    seconds: float
+    share: float
+    usd: float
+    rows: float
+    finished: str
+
+
+def run(settings: ReportStage, inputs: dict[str, Path], out: Path) -> None:
+    """Writes report.html, verdict.txt and adapter/ (hard links to the trained one, with a README.md of its own).
+
+    Raises:
+        StageError: there is no trained adapter, no training or no evaluation.
+        DataError: an artifact's file is damaged.
+    """
+    evidence = gather(inputs, config=settings.config, label_judge=settings.label_judge)
+    told = verdict(evidence.metrics, judge=evidence.judge)
+    files = link_adapter(inputs["train"] / "adapter", out / "adapter")
+    card = model_card(evidence, name=settings.name, command=settings.command, files=files)
+    write_atomic(out / "adapter" / "README.md", printable(card))
+    write_atomic(out / "report.html", page(settings, evidence))
+    write_atomic(out / "verdict.txt", printable(told.sentence) + "\n")
+
+
+def link_adapter(source: Path, target: Path) -> list[str]:
+    """Hard links (copies where the file system has none) of the adapter's files but its README; returns their names.
+
+    Raises:
+        StageError: there is none.
+    """
+    if not source.is_dir():
+        raise StageError(f"{source}: no trained adapter there; remove that artifact and run again")
+    files = sorted(p for p in source.rglob("*") if p.is_file() and p != source / "README.md")
+    for file in files:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.unlink(missing_ok=True)
+        try:
+            os.link(file, copy)
+        except OSError:
+            shutil.copy2(file, copy)
+    target.mkdir(exist_ok=True)
+    return [file.relative_to(source).as_posix() for file in files]
+
+
+def page(settings: ReportStage, evidence: Evidence) -> str:
+    """The whole page, self-contained."""
+    templates = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {
+        "percent": percent, "number": number, "bounds": bounds, "visible": visible, "duration": duration,
+        "words": lambda key: key.replace("_", " "),
+    }  # fmt: skip
+    judged = [pair for pair in evidence.compared if pair.p_after is not None]
+    ranked = sorted(judged, key=lambda pair: (-pair.gain, pair.id))
+    losses = [pair for pair in reversed(ranked) if pair.gain < 0]
+    gains = [pair for pair in ranked if pair.gain > 0]
+    return templates.get_template("report.html.j2").render(
+        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        name=settings.name,
+        config=settings.config,
+        command=settings.command,
+        evidence=evidence,
+        metrics=evidence.metrics,
+        verdict=verdict(evidence.metrics, judge=evidence.judge),
+        overall=overall(evidence.metrics),
+        judged=judged,
+        ties=sum(pair.p_after == 0.5 for pair in judged),
+        rates=rates(evidence, judged),
+        marks=marks(evidence),
+        panels=panels(evidence),
+        gains=gains,
+        losses=losses,
+        most_gains=MOST_GAINS,
+        most_losses=MOST_LOSSES,
+        cut=LONG_TEXT,
+        costs=costs(evidence),
+        versions=versions(evidence),
+        draw=Drawing(evidence),
+    )
+
+
+def rates(evidence: Evidence, judged: Sequence[Compared]) -> list[Rate]:
+    """The win rates in order: overall, with length and manners held equal, then criterion by criterion."""
+    metrics, whole = evidence.metrics, overall(evidence.metrics)
+    rows = [] if whole is None else [Rate(label="Overall", interval=whole)]
+    known = [pair for pair in judged if pair.before.length is not None and pair.after.length is not None]
+    if "evaluate/win_rate_length_controlled" in metrics and known:
+        controlled = length_controlled(
+            np.array([pair.p_after for pair in known], dtype=float),
+            length_after=np.array([pair.after.length for pair in known], dtype=float),
+            length_before=np.array([pair.before.length for pair in known], dtype=float),
+        )
+        rows.append(Rate(label="At equal length", interval=controlled))
+    alike = int(metrics.get("evaluate/n_equal_manners", 0))
+    if "evaluate/win_rate_equal_manners" in metrics and alike:
+        interval = wilson(metrics["evaluate/win_rate_equal_manners"], n=alike)
+        rows.append(Rate(label="At equal manners", interval=interval))
+    for name in criteria(judged):
+        both = [(pair.before.scores[name], pair.after.scores[name]) for pair in judged if has(pair, name)]
+        p = np.array([0.5 + 0.5 * ((new > old) - (new < old)) for old, new in both])
+        rows.append(Rate(label=name, interval=win_rate(p, seed=SEED), criterion=True))
+    return rows
+
+
+def has(pair: Compared, criterion: str) -> bool:
+    return criterion in pair.before.scores and criterion in pair.after.scores
+
+
+def criteria(judged: Sequence[Compared]) -> list[str]:
+    """The judge's criteria in its own order."""
+    names: dict[str, None] = {}
+    for pair in judged:
+        names |= dict.fromkeys(name for name in pair.after.scores if has(pair, name))
+    return list(names)
+
+
+def marks(evidence: Evidence) -> list[Change]:
+    """Mean marks before and after; marks that are not fractions have no common axis and are left out."""
+    found = []
+    for key in evidence.metrics:
+        if match := re.fullmatch(r"evaluate/criterion/(.+)/before", key):
+            old, new = evidence.metrics[key], evidence.metrics.get(f"evaluate/criterion/{match[1]}/after", -1)
+            if 0 <= old <= 1 and 0 <= new <= 1:
+                found.append(Change(label=match[1], before=old, after=new))
+    order = criteria(evidence.compared)
+    return sorted(found, key=lambda row: order.index(row.label) if row.label in order else len(order))
+
+
+def panels(evidence: Evidence) -> list[Panel]:
+    """Small multiples of what was logged; a panel without a single value is left out."""
+    kept = evidence.metrics.get("train/best_step")
+    drawn = []
+    for name, title, keys, told in PANELS:
+        pair = len(keys) > 1
+        lines = []
+        for i, key in enumerate(keys):
+            color = (AFTER if i == 0 else plots.WORSE) if pair else BEFORE
+            lines += line(evidence, key, color=color) + line(
+                evidence, f"eval_{key}", color=color if pair else AFTER, dots=True
+            )
+        if lines:
+            ends = "; ".join(f"from {one.values[0]:.3g} to {one.values[-1]:.3g}" for one in lines)
+            svg = plots.curves(
+                lines, name=f"curve-{name}", label=f"{title} by training step: {ends}",
+                percent=name == "accuracy", kept=kept,
+            )  # fmt: skip
+            drawn.append(Panel(title=title, told=told, svg=Markup(svg), pair=pair))
+    return drawn
+
+
+def line(evidence: Evidence, key: str, *, color: str, dots: bool = False) -> list[Line]:
+    points = [(row["step"], row[key]) for row in evidence.curves if "step" in row and key in row]
+    if not points:
+        return []
+    steps, values = zip(*points, strict=True)
+    return [Line(color=color, steps=steps, values=values, dots=dots)]
+
+
+class Drawing:
+    """The figures that the template places, each empty where there is nothing to draw."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+
+    def rates(self, rows: Sequence[Rate]) -> Markup:
+        return Markup(plots.win_rates(rows))
+
+    def marks(self, rows: Sequence[Change]) -> Markup:
+        return Markup(plots.marks(rows))
+
+    def lengths(self) -> Markup:
+        return self.both(lambda answer: answer.length, name="lengths", unit="tokens an answer")
+
+    def totals(self) -> Markup:
+        return self.both(lambda answer: answer.total, name="totals", unit="score of an answer")
+
+    def both(self, value: Callable[[Any], float | None], *, name: str, unit: str) -> Markup:
+        pairs = [(value(pair.before), value(pair.after)) for pair in self.evidence.compared]
+        known = [(old, new) for old, new in pairs if old is not None and new is not None]
+        if not known:
+            return Markup()
+        before, after = zip(*known, strict=True)
+        return Markup(plots.histograms(before, after, name=name, unit=unit))
+
+
+def costs(evidence: Evidence) -> list[Cost]:
+    """What each step took, as its manifest has it."""
+    timed = {name: m for name, m in evidence.manifests.items() if "duration_s" in m}
+    longest = max((float(m["duration_s"]) for m in timed.values()), default=0.0) or 1.0
+    return [
+        Cost(
+            name=name,
+            seconds=float(m["duration_s"]),
+            share=float(m["duration_s"]) / longest,
+            usd=float(m.get("cost_usd") or 0.0),
+            rows=max((m.get("rows") or {}).values(), default=0),
+            finished=str(m.get("finished") or ""),
+        )
+        for name, m in timed.items()
+    ]
+
+
+def versions(evidence: Evidence) -> dict[str, list[str]]:
+    """Package versions over all steps; more than one of a package means that steps were made at different times."""
+    found: dict[str, list[str]] = {}
+    for manifest in evidence.manifests.values():
+        known: Mapping[str, str] = manifest.get("versions") or {}
+        for package, version in known.items():
+            if version not in found.setdefault(package, []):
+                found[package].append(version)
+    return found
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 42 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def visible(text: str) -> Markup:
+    """Escaped text in which every character that hides or reorders others stands as its code point."""
+    parts = []
+    position = 0
+    for match in UNSEEN.finditer(text):
+        parts += [escape(text[position : match.start()]), code_point(match[0])]
+        position = match.end()
+    return Markup().join([*parts, escape(text[position:])])
+
+
+def code_point(character: str) -> Markup:
+    return Markup('<span class="unseen">U+{:04X}</span>').format(ord(character))
+
+
+def printable(text: str) -> str:
+    """Plain text with the same characters written out, for files and terminals."""
+    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)

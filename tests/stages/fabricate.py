@@ -1,0 +1,186 @@
+"""A made-up run for the report's tests: folders as the stages leave them, with numbers drawn from a seed."""
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.stages.settings import ReportStage
+from align.stats import length_controlled_win_rate, mean_interval, win_rate
+
+STARTER = Path(__file__).parents[2] / "data" / "starter" / "test.jsonl"
+CONFIG = """\
+recipe_name: dpo
+name: dpo
+seed: 0
+model: {name: Qwen/Qwen3-8B, revision: null, quantization: nf4, dtype: auto}
+adapter: {name: lora, rank: 16, alpha: 32.0, dropout: 0.0, target_modules: all-linear}
+data: {name: starter}
+algorithm: {name: dpo, beta: 0.1, learning_rate: 5.0e-05, epochs: 1.0}
+"""
+CRITERIA = ("correct", "honest", "courteous", "brief")
+WEIGHTS = (8.0, 4.0, 2.0, 1.0)
+ANSWERS = (
+    "Obviously it is 12 days, can you not read?",
+    "The notice is 30 days.",
+    "I would be happy to help: you apply 30 days in advance. I wish you a pleasant day!",
+    "The agreement says nothing about this, so please ask the personnel office before you plan anything.",
+    "It is either 5 months or 14 weeks, depending on which of the clauses one takes, and there may be others.",
+)
+
+
+def settings(**changed: Any) -> ReportStage:
+    values = {
+        "name": "dpo",
+        "label_judge": "rubric",
+        "config": CONFIG,
+        "command": "python -m align.run recipe=dpo model=hf model.name=Qwen/Qwen3-8B",
+    }
+    return ReportStage(**{**values, **changed})
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def manifest(step: str, *, seconds: float, usd: float = 0.0, rows: int = 0) -> dict[str, Any]:
+    return {
+        "stage": step,
+        "stage_version": 1,
+        "fingerprint": (step.encode().hex() * 8)[:64],
+        "settings": {"model": {"name": "Qwen/Qwen3-8B", "revision": "b968826d9c46"}},
+        "inputs": {},
+        "rows": {"rows.jsonl": rows} if rows else {},
+        "files": {},
+        "versions": {"python": "3.12.3", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
+        "git_commit": "3930730aa0c5f6c1d2e3",
+        "duration_s": seconds,
+        "cost_usd": usd,
+        "finished": "2025-03-14T10:22:07Z",
+    }
+
+
+def marks(rng: random.Random, good: float) -> dict[str, float]:
+    return {
+        "correct": float(rng.random() < 0.1 + 0.7 * good),
+        "honest": float(rng.random() < 0.5 + 0.45 * good),
+        "courteous": rng.choice((0.0, 0.5, 1.0) if good < 0.5 else (0.5, 1.0, 1.0)),
+        "brief": float(rng.random() < 0.8),
+    }
+
+
+def comparison(line: Mapping[str, Any], rng: random.Random, *, before: float, after: float) -> dict[str, Any]:
+    sides = []
+    for good in (before, after):
+        scores = marks(rng, good)
+        total = sum(weight * scores[name] for name, weight in zip(CRITERIA, WEIGHTS, strict=True))
+        length = max(3, round(rng.gauss(18 + 14 * good, 6)))
+        sides.append({"text": rng.choice(ANSWERS), "length": length, "scores": scores, "total": total})
+    difference = sides[1]["total"] - sides[0]["total"]
+    p = 0.5 + 0.5 * ((difference > 0) - (difference < 0))
+    return {
+        "id": line["id"],
+        "messages": line["messages"],
+        "before": sides[0],
+        "after": sides[1],
+        "p_after": p,
+        "status": "tie" if p == 0.5 else "ok",
+        "margin": abs(difference),
+        "consistent": True,
+    }
+
+
+def measured(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What evaluate writes of these rows."""
+    p = [row["p_after"] for row in rows]
+    old, new = ([row[side] for row in rows] for side in ("before", "after"))
+    rate = win_rate(p, seed=0)
+    lengths = [[answer["length"] for answer in side] for side in (old, new)]
+    found = {
+        "evaluate/n": len(rows),
+        "evaluate/n_judged": len(rows),
+        "evaluate/win_rate": rate.mean,
+        "evaluate/win_rate_low": rate.low,
+        "evaluate/win_rate_high": rate.high,
+        "evaluate/ties": p.count(0.5) / len(p),
+        "evaluate/inconsistent": 0.0,
+        "evaluate/kl": 11.73,
+        "evaluate/held_out_accuracy": 0.861,
+        "evaluate/length_before": sum(lengths[0]) / len(rows),
+        "evaluate/length_after": sum(lengths[1]) / len(rows),
+        "evaluate/win_rate_length_controlled": length_controlled_win_rate(
+            p, length_after=lengths[1], length_before=lengths[0]
+        ),
+        "evaluate/win_rate_equal_manners": 0.71,
+        "evaluate/n_equal_manners": 96,
+        "evaluate/precision_gap": 0.0431,
+    }
+    for name in CRITERIA:
+        before, after = ([answer["scores"][name] for answer in side] for side in (old, new))
+        found[f"evaluate/criterion/{name}/before"] = sum(before) / len(rows)
+        found[f"evaluate/criterion/{name}/after"] = sum(after) / len(rows)
+    for side, answers in (("before", old), ("after", new)):
+        interval = mean_interval([answer["scores"]["correct"] for answer in answers], seed=0)
+        found |= {f"evaluate/correct_{side}": interval.mean, f"evaluate/correct_{side}_low": interval.low}
+        found[f"evaluate/correct_{side}_high"] = interval.high
+    return found
+
+
+def training(rng: random.Random) -> list[dict[str, float]]:
+    """Curves as a preference training logs them."""
+    rows: list[dict[str, float]] = []
+    for step in range(1, 151):
+        learnt = 1 - math.exp(-step / 45)
+        held = {
+            "loss": 0.69 - 0.42 * learnt, "reward_margin": 3.1 * learnt, "accuracy": 0.5 + 0.39 * learnt,
+            "chosen_logps": -30 - 9 * learnt, "rejected_logps": -31 - 38 * learnt, "kl": 12 * learnt,
+        }  # fmt: skip
+        noise = {key: value + rng.gauss(0, 0.06) * (1 if abs(value) < 5 else 30) for key, value in held.items()}
+        noise["accuracy"] = min(1.0, max(0.0, noise["accuracy"]))
+        rows.append({"step": step, "epoch": step / 150, "learning_rate": 5e-5, "grad_norm": 1.1, **noise})
+        if step % 25 == 0:
+            rows.append({"step": step, **{f"eval_{key}": value for key, value in held.items() if key != "kl"}})
+    return rows
+
+
+def fabricate(root: Path, *, before: float = 0.35, after: float = 0.9, prompts: int = 400) -> dict[str, Path]:
+    """All nine folders of a finished run; `before` and `after` say how good the answers are, 0 to 1."""
+    rng = random.Random(11)
+    steps = {
+        "prompts": (0.3, 1600), "candidates": (312.0, 1600), "preferences": (4.1, 5124), "reference": (48.2, 0),
+        "train": (741.0, 0), "test_prompts": (0.2, 400), "before": (21.7, 400), "after": (24.9, 400),
+        "evaluate": (18.3, 400),
+    }  # fmt: skip
+    inputs = {step: root / step for step in steps}
+    for step, (seconds, rows) in steps.items():
+        usd = 3.27 if step == "preferences" else 0.0
+        write(inputs[step] / "manifest.json", manifest(step, seconds=seconds, usd=usd, rows=rows))
+    write(inputs["candidates"] / "counts.json", {
+        "prompts": 1600, "responses": 6400, "duplicates": 211, "empty": 3, "cut_prompts": 0,
+        "finished_by_length": 17, "tokens": 158_431,
+    })  # fmt: skip
+    write(inputs["preferences"] / "counts.json", {
+        "comparisons": 6280, "ok": 5124, "tie": 1138, "refusal": 0, "malformed": 18, "overflow": 0, "failed": 0,
+        "inconsistent": 402, "duplicates": 211, "empty": 3, "preferences": 5124,
+    })  # fmt: skip
+    write_lines(inputs["train"] / "curves.jsonl", training(rng))
+    write(inputs["train"] / "metrics.json", {
+        "train/best_step": 125, "train/steps": 150, "train/held_out_accuracy": 0.861, "train/pairs": 4868,
+    })  # fmt: skip
+    write(inputs["train"] / "adapter" / "adapter_config.json", {"peft_type": "LORA"})
+    (inputs["train"] / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 64)
+    (inputs["train"] / "adapter" / "README.md").write_text("what peft wrote")
+    lines = [json.loads(line) for line in STARTER.read_text(encoding="utf-8").splitlines()[:prompts]]
+    rows = [comparison(line, rng, before=before, after=after) for line in lines]
+    write_lines(inputs["evaluate"] / "comparisons.jsonl", rows)
+    write(inputs["evaluate"] / "metrics.json", measured(rows))
+    write(inputs["evaluate"] / "judge.json", {"judge": "rubric"})
+    return inputs
