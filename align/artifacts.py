@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import StageError
+from align.jsonl import repair
 
 MANIFEST = "manifest.json"
 PACKAGES = ("align", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -222,6 +223,7 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / "config.yaml", config)
+            repair(self.path / "events.jsonl")
             self.link(self.path.with_name("latest"), self.path)
         except OSError as error:
             raise StageError(

@@ -43,9 +43,9 @@ def refuse_null_groups(words: list[str]) -> None:
         ConfigError: `judge=null` and the like.
     """
     for word in words:
-        key, _, value = word.partition("=")
+        key, equals, value = word.partition("=")
         group = key.partition("@")[0]
-        if value in ("null", "None", "") and group and (CONF / group).is_dir():
+        if equals and value in ("null", "None", "") and (CONF / group).is_dir():
             choices = ", ".join(options(group))
             raise ConfigError(f"{word}: {group} is a group and wants a name; type {group}=NAME ({choices})")
 

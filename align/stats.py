@@ -1,4 +1,4 @@
-"""What the measurements are worth: rates with intervals, and the win rate that length alone cannot buy.
+"""What measurements are worth: rates with intervals, and a win rate that length cannot buy.
 
 Pure functions: arrays in, named results out; the same seed gives the same interval.
 """
@@ -35,9 +35,10 @@ class Interval:
 def win_rate(p: ArrayLike, *, seed: int, resamples: int = 2000) -> Interval:
     """How often the new policy's answer is better, with a percentile bootstrap over prompts.
 
-        rate = 1/N * sum_i p_i,    interval = 2.5% and 97.5% quantile of the rate over resampled prompts
+        rate = 1/N * sum_i p_i
+        interval = 2.5% and 97.5% quantile of the rate over resampled prompts
 
-    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13 (percentile interval).
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, ch. 13 (percentiles).
 
     Args:
         p: [N], probability that the new answer is the better one, 0 to 1; a tie is 0.5.
@@ -49,15 +50,17 @@ def win_rate(p: ArrayLike, *, seed: int, resamples: int = 2000) -> Interval:
     """
     values = _finite(p, name="p")
     if values.min() < 0 or values.max() > 1:
-        raise ValueError(f"p reaches from {values.min():g} to {values.max():g}; probabilities lie in 0 to 1")
+        raise ValueError(
+            f"p reaches from {values.min():g} to {values.max():g}; probabilities lie in 0 to 1"
+        )
     return mean_interval(values, seed=seed, resamples=resamples)
 
 
 def mean_interval(x: ArrayLike, *, seed: int, resamples: int = 2000) -> Interval:
-    """The mean of any per-prompt number (right or wrong, a mark, a length) with a percentile bootstrap.
+    """The mean of any number per prompt (right or wrong, a length) with a percentile bootstrap.
 
-    Values that are all the same leave the bootstrap nothing to vary, and it would claim certainty after a single
-    prompt. Rates then get the Wilson interval; numbers outside of 0 to 1 a zero width.
+    Values that are all the same leave the bootstrap nothing to vary, and it would claim certainty
+    after a single prompt. Rates then get the Wilson interval; numbers outside of 0 to 1 no width.
 
     Args:
         x: [N], one number a prompt.
@@ -70,7 +73,9 @@ def mean_interval(x: ArrayLike, *, seed: int, resamples: int = 2000) -> Interval
     mean, n = float(values.mean()), values.size
     if values.min() == values.max():
         mean = float(values[0])
-        return wilson(mean, n=n) if 0 <= mean <= 1 else Interval(mean=mean, low=mean, high=mean, n=n)
+        return (
+            wilson(mean, n=n) if 0 <= mean <= 1 else Interval(mean=mean, low=mean, high=mean, n=n)
+        )
     # scipy.stats takes a second to import; the settings and the planner never need it.
     from scipy.stats import bootstrap
 
@@ -92,8 +97,9 @@ def wilson(rate: float, *, n: int) -> Interval:
 
         (rate + z^2/2n +- z * sqrt(rate * (1 - rate) / n + z^2/4n^2)) / (1 + z^2/n),    z = 1.96
 
-    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference. It is meant for yes and
-    no; values in between, ties for instance, vary less, so for them it is too wide rather than too narrow.
+    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
+    It is meant for yes and no; values in between, ties for instance, vary less, so for them it is
+    too wide rather than too narrow.
 
     Args:
         rate: 0 to 1.
@@ -103,7 +109,9 @@ def wilson(rate: float, *, n: int) -> Interval:
         ValueError: no trials, or a rate outside of 0 to 1.
     """
     if n < 1 or not 0 <= rate <= 1:
-        raise ValueError(f"rate={rate}, n={n}: the rate must lie in 0 to 1 and rest on at least one trial")
+        raise ValueError(
+            f"rate={rate}, n={n}: the rate must lie in 0 to 1 and rest on at least one trial"
+        )
     centre = rate + Z**2 / (2 * n)
     spread = Z * float(np.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2)))
     scale = 1 + Z**2 / n
@@ -111,32 +119,43 @@ def wilson(rate: float, *, n: int) -> Interval:
     return Interval(mean=rate, low=max(0.0, min(low, rate)), high=min(1.0, max(high, rate)), n=n)
 
 
-def length_controlled_win_rate(p: ArrayLike, *, length_after: ArrayLike, length_before: ArrayLike) -> float:
-    """The win rate that would remain if both answers were equally long; see `length_controlled`."""
+def length_controlled_win_rate(
+    p: ArrayLike, *, length_after: ArrayLike, length_before: ArrayLike
+) -> float:
+    """The win rate if both answers were equally long; see `length_controlled`."""
     return length_controlled(p, length_after=length_after, length_before=length_before).mean
 
 
-def length_controlled(p: ArrayLike, *, length_after: ArrayLike, length_before: ArrayLike) -> Interval:
+def length_controlled(
+    p: ArrayLike, *, length_after: ArrayLike, length_before: ArrayLike
+) -> Interval:
     """The win rate at equal length, after length-controlled AlpacaEval, with an interval.
 
         d_i = length_after_i - length_before_i,    x_i = tanh(d_i / std(d))
         P(new answer wins) = sigmoid(a + b * x_i),    result = sigmoid(a), the prediction at d = 0
 
     Source: Dubois et al. 2024, Length-Controlled AlpacaEval, section 3.
-    Deviations: the paper also fits how hard each instruction is, which takes many models on the same instructions; with
-    two models there is no such term. Its interval comes from the fit (the sandwich estimate of the variance of a).
+    Deviations: the paper also fits how hard each instruction is, which takes many models on the
+    same instructions; with two models there is no such term. The interval is ours, from the fit
+    (the sandwich estimate of the variance of a).
 
     Args:
         p: [N], as in `win_rate`.
-        length_after, length_before: [N], of the two answers, in one unit (tokens, words or characters).
+        length_after, length_before: [N], of the two answers, both in tokens or in another unit.
 
     Raises:
         ValueError: no values, or arrays of different lengths.
     """
     values = _finite(p, name="p")
-    after, before = _finite(length_after, name="length_after"), _finite(length_before, name="length_before")
+    after, before = (
+        _finite(length_after, name="length_after"),
+        _finite(length_before, name="length_before"),
+    )
     if not values.shape == after.shape == before.shape:
-        raise ValueError(f"{values.size} probabilities, {after.size} and {before.size} lengths; one of each a prompt")
+        raise ValueError(
+            f"{values.size} probabilities, {after.size} and {before.size} lengths; "
+            "it needs one of each a prompt"
+        )
     difference = after - before
     spread = float(difference.std())
     rate = float(values.mean())
@@ -151,7 +170,7 @@ def length_controlled(p: ArrayLike, *, length_after: ArrayLike, length_before: A
 
 
 def _logistic(x: Floats, p: Floats) -> tuple[float, float]:
-    """Intercept and slope of a logistic fit to soft labels: each row once as a win with weight p, once as a loss."""
+    """Intercept and slope for soft labels: each row once as a win, weight p, once as a loss."""
     from sklearn.linear_model import LogisticRegression
 
     fit = LogisticRegression(C=1 / RIDGE, tol=1e-8, max_iter=1000)
@@ -164,7 +183,7 @@ def _logistic(x: Floats, p: Floats) -> tuple[float, float]:
 
 
 def _intercept_error(x: Floats, p: Floats, *, intercept: float, slope: float) -> float:
-    """Standard error of the intercept: H^-1 (sum of squared scores) H^-1, right for soft labels too."""
+    """Standard error of the intercept: H^-1 (sum of squared scores) H^-1, fit for soft labels."""
     design = np.stack([np.ones_like(x), x], axis=1)
     fitted = _sigmoid(intercept + slope * x)
     hessian = design.T @ (design * (fitted * (1 - fitted))[:, None]) + np.diag([0.0, RIDGE])
@@ -180,7 +199,12 @@ def _sigmoid(x: Floats) -> Floats:
 def _finite(x: ArrayLike, *, name: str) -> Floats:
     values = np.asarray(x, dtype=np.float64)
     if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"{name} has shape {values.shape}; it needs one number a prompt, and at least one prompt")
+        raise ValueError(
+            f"{name} has shape {values.shape}; it needs one number a prompt, "
+            "and at least one prompt"
+        )
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds {int((~np.isfinite(values)).sum())} values that are no finite numbers")
+        raise ValueError(
+            f"{name} holds {int((~np.isfinite(values)).sum())} values that are no finite numbers"
+        )
     return values

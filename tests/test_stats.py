@@ -80,7 +80,7 @@ def test_many_prompts_do_not_need_much_memory() -> None:
 
 
 def test_wilson_interval_worked_by_hand() -> None:
-    # 8 of 10, z^2 = 3.8415: centre 0.8 + 0.19207, spread 1.96 * sqrt(0.016 + 0.0096036), scale 1.38415
+    # 8 of 10, z^2 = 3.8415: (0.8 + 0.19207 +- 1.96 * sqrt(0.016 + 0.0096036)) / 1.38415
     interval = wilson(0.8, n=10)
     assert interval.low == pytest.approx(0.4902, abs=1e-4)
     assert interval.high == pytest.approx(0.9433, abs=1e-4)
@@ -128,7 +128,8 @@ def test_the_length_controlled_interval_covers_the_truth() -> None:
     covered = 0
     for _ in range(150):
         difference = rng.normal(10, 20, size=300)
-        p = rng.random(300) < 1 / (1 + np.exp(-(0.4055 + np.tanh(difference / 20))))  # sigmoid(0.4055) = 0.6
+        chance = 1 / (1 + np.exp(-(0.4055 + np.tanh(difference / 20))))  # sigmoid(0.4055) = 0.6
+        p = rng.random(300) < chance
         interval = length_controlled(p, length_after=difference, length_before=np.zeros(300))
         covered += interval.low <= 0.6 <= interval.high
     assert 0.88 <= covered / 150 <= 1
@@ -144,13 +145,17 @@ def test_the_length_controlled_interval_covers_the_truth() -> None:
         ([0.25], [9], 0.25),
     ],
 )
-def test_nothing_to_control_for_leaves_the_plain_rate(p: list[float], after: list[int], expected: float) -> None:
+def test_nothing_to_control_for_leaves_the_plain_rate(
+    p: list[float], after: list[int], expected: float
+) -> None:
     assert length_controlled_win_rate(p, length_after=after, length_before=[4] * len(p)) == expected
 
 
 def test_longer_always_wins_stays_finite() -> None:
     difference = np.array([-8.0, -4.0, -2.0, 2.0, 4.0, 8.0])
-    rate = length_controlled_win_rate(difference > 0, length_after=difference, length_before=np.zeros(6))
+    rate = length_controlled_win_rate(
+        difference > 0, length_after=difference, length_before=np.zeros(6)
+    )
     assert rate == pytest.approx(0.5, abs=0.01)
 
 

@@ -16,9 +16,10 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
 from align.errors import StageError
-from align.models.chat import encode_prompt
+from align.models.chat import encode_prompt, end_of_turn
 from align.models.load import window
 from align.records import Candidate, Prompt, Response
+from align.samplers.cache import roomy_cache
 from align.samplers.settings import Hf
 
 # Rows are dropped from the cache when this share of them is finished: copying the cache costs something too.
@@ -29,7 +30,7 @@ DROP_SHARE = 0.2
 class Layout:
     """Which prompts go together: `batches[i]` holds indices into the prompts, longest prompts first."""
 
-    batches: tuple[array[int], ...]
+    batches: "tuple[array[int], ...]"
     max_prompt_tokens: int
 
 
@@ -131,7 +132,7 @@ def draw(
     padded = [[0] * (width - len(ids)) + list(ids) for ids in prompts]
     input_ids = torch.tensor(padded, device=model.device)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
+    cache = roomy_cache(model.config)
     logits = forward(model, input_ids, mask, position_ids, cache)
     # 1. The prompt was read once; every sample of it starts from a copy of its keys and values.
     cache.batch_repeat_interleave(settings.n)
@@ -216,7 +217,7 @@ def next_tokens(
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that ends an answer: the generation config's, and the tokenizer's own."""
+    """Every token that ends an answer: the generation config's, the tokenizer's, and the template's."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}
+    return {int(i) for i in (*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}

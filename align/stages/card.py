@@ -1,4 +1,4 @@
-"""The model card that travels with the adapter: what it is, how well it did, how to load it, what it is not for."""
+"""The model card of an adapter: what it is, how well it did, how to load it, and its limits."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,16 @@ import yaml
 from align.stages.evidence import Evidence
 from align.stages.verdict import bounds, number, overall, percent, verdict
 
-KEPT = ("ok", "tie")
+QUANTIZED = {
+    "nf4": """quantized = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=dtype,
+)
+""",
+    "int8": "quantized = BitsAndBytesConfig(load_in_8bit=True)\n",
+}
 LOST = ("refusal", "malformed", "overflow", "failed", "duplicates", "empty", "inconsistent")
 
 
@@ -26,7 +35,8 @@ def model_card(evidence: Evidence, *, name: str, command: str, files: Sequence[s
     parts = [
         front_matter(evidence),
         f"# {inline(name)}",
-        f"An adapter that was aligned to preferences with {algorithm(evidence)} by `align`. {inline(told.sentence)}",
+        f"An adapter aligned to preferences with {algorithm(evidence)} by `align`. "
+        f"{inline(told.sentence)}",
         "## How well it did",
         results(evidence),
         "## What it was trained on",
@@ -42,15 +52,21 @@ def model_card(evidence: Evidence, *, name: str, command: str, files: Sequence[s
 
 
 def front_matter(evidence: Evidence) -> str:
-    """Hub metadata; every value is written by the YAML library, so no name can break out of its quotes."""
+    """Hub metadata; the YAML library quotes every value, so no name can break out of it."""
     base = base_model(evidence)
     metadata: dict[str, Any] = {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
-        "tags": ["align", "preference-alignment", algorithm(evidence).lower(), adapter_kind(evidence).lower()],
+        "tags": [
+            "align",
+            "preference-alignment",
+            algorithm(evidence).lower(),
+            adapter_kind(evidence).lower(),
+        ],
     }
     if is_folder(base):
-        note = f"# The base model is a local folder; name its hub repository here before you publish: {json.dumps(base)}\n"
+        what = "The base model is a local folder; name its hub repository before you publish"
+        note = f"# {what}: {json.dumps(base)}\n"
         return f"---\n{note}{dumped(metadata)}---"
     return f"---\n{dumped({'base_model': base, **metadata})}---"
 
@@ -87,7 +103,13 @@ def results(evidence: Evidence) -> str:
     metrics, rate = evidence.metrics, overall(evidence.metrics)
     rows = []
     if rate is not None:
-        rows.append(("Win rate against the start", percent(rate.mean), f"{bounds(rate)}, {rate.n:,} prompts"))
+        rows.append(
+            (
+                "Win rate against the start",
+                percent(rate.mean),
+                f"{bounds(rate)}, {rate.n:,} prompts",
+            )
+        )
     for key, label in (
         ("evaluate/win_rate_length_controlled", "Win rate at equal length"),
         ("evaluate/win_rate_equal_manners", "Win rate at equal manners"),
@@ -100,16 +122,20 @@ def results(evidence: Evidence) -> str:
             known = [f"{100 * end:.1f}" for end in ends if end is not None]
             rows.append((label, percent(metrics[key]), "–".join(known)))
     for key, label in (
-        ("evaluate/kl", "KL from the start (nats)"),
+        ("evaluate/kl", "KL from the start (nats an answer)"),
         ("evaluate/length_before", "Mean length before (tokens)"),
         ("evaluate/length_after", "Mean length after (tokens)"),
     ):
         if key in metrics:
             rows.append((label, number(metrics[key]), ""))
     body = "\n".join(f"| {label} | {value} | {more} |" for label, value, more in rows)
-    judged = "No judge compared the answers." if evidence.judge is None else f"Judge: {inline(evidence.judge)}."
+    judged = (
+        "No judge compared the answers."
+        if evidence.judge is None
+        else f"Judge: {inline(evidence.judge)}."
+    )
     if evidence.same_judge:
-        judged += " It is the judge that labelled the training data, so this is no independent measurement."
+        judged += " It labelled the training data too, so this is no independent measurement."
     return f"| | | 95% interval |\n|---|---:|---|\n{body}\n\n{judged} A tie counts as half a win."
 
 
@@ -118,7 +144,8 @@ def training(evidence: Evidence) -> str:
     counts, metrics = evidence.counts.get("preferences", {}), evidence.metrics
     lines = []
     if "train/pairs" in metrics:
-        lines.append(f"- {metrics['train/pairs']:,.0f} preference pairs, {metrics.get('train/steps', 0):,.0f} steps")
+        steps = f", {metrics['train/steps']:,.0f} steps" if "train/steps" in metrics else ""
+        lines.append(f"- {metrics['train/pairs']:,.0f} preference pairs{steps}")
     if "comparisons" in counts:
         labeller = f" by the judge {inline(evidence.label_judge)}" if evidence.label_judge else ""
         became = f"{counts.get('preferences', 0):,.0f} became preferences"
@@ -134,56 +161,53 @@ def training(evidence: Evidence) -> str:
 
 
 def loading(evidence: Evidence, *, files: Sequence[str]) -> str:
-    """Plain peft and transformers; names are written as JSON strings, which are Python strings too."""
+    """Plain peft and transformers; names are written as JSON, whose strings Python reads too."""
     base, commit = json.dumps(base_model(evidence)), revision(evidence)
-    quantized = evidence.setting("model.quantization") == "nf4"
+    config = QUANTIZED.get(str(evidence.setting("model.quantization")), "")
     where = "ADAPTER" if "tokenizer_config.json" in files else "BASE"
     pinned = f", revision={json.dumps(commit)}" if commit else ""
-    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
-    config = [
-        "nf4 = BitsAndBytesConfig(",
-        "    load_in_4bit=True,",
-        '    bnb_4bit_quant_type="nf4",',
-        "    bnb_4bit_use_double_quant=True,",
-        "    bnb_4bit_compute_dtype=torch.bfloat16,  # torch.float32 on a CPU",
-        ")",
-    ]
-    argument = ", quantization_config=nf4" if quantized else ", dtype=torch.bfloat16"
-    code = [
-        "import torch",
-        "from peft import PeftModel",
-        f"from transformers import {imports}",
-        "",
-        f"BASE, ADAPTER = {base}, \".\"  # the folder of this file",
-        *(config if quantized else []),
-        f"base = AutoModelForCausalLM.from_pretrained(BASE{pinned}{argument})",
-        "model = PeftModel.from_pretrained(base, ADAPTER).eval()",
-        f"tokenizer = AutoTokenizer.from_pretrained({where}{pinned if where == 'BASE' else ''})",
-    ]
-    return fenced("\n".join(code), "python")
+    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if config else "")
+    argument = ", quantization_config=quantized" if config else ""
+    code = f"""import torch
+from peft import PeftModel
+from transformers import {imports}
+
+BASE, ADAPTER = {base}, "."  # the folder of this file
+dtype = torch.bfloat16  # torch.float32 on a CPU
+{config}base = AutoModelForCausalLM.from_pretrained(BASE{pinned}, dtype=dtype{argument})
+model = PeftModel.from_pretrained(base, ADAPTER).eval()
+tokenizer = AutoTokenizer.from_pretrained({where}{pinned if where == "BASE" else ""})"""
+    template = evidence.setting("model.chat_template")
+    note = f"\n\nIt was trained with the chat template {inline(str(template))}." if template else ""
+    return fenced(code, "python") + note
 
 
 def limits(evidence: Evidence) -> str:
     """What a reader must not conclude."""
     lines = [
-        "- It was measured on held-out prompts of the kind it was trained on; elsewhere it may do better or worse.",
+        "- It was measured on held-out prompts of the kind it was trained on; elsewhere it may do "
+        "better or worse.",
         "- It repeats what its judge prefers, the judge's blind spots included.",
         "- It was not examined for safety; the base model's limits and licence hold for it too.",
     ]
     if evidence.setting("model.quantization") == "nf4":
         gap = evidence.metrics.get("evaluate/precision_gap")
-        known = f" (measured gap: {number(gap)})" if gap is not None else ""
+        known = f" (by {number(gap)} nats a token)" if gap is not None else ""
         lines.append(
-            f"- It was trained on the 4-bit base; on the base in full precision it answers slightly differently{known}. "
+            f"- It was trained on the 4-bit base; "
+            f"on the base in full precision it answers slightly differently{known}. "
             "Do not merge it into 4-bit weights."
         )
     if evidence.judge == "rubric":
-        lines.append("- The rubric judge knows the starter's facts: what it measures says nothing about other domains.")
+        lines.append(
+            "- The rubric judge knows the starter's facts: "
+            "what it measures says nothing about other domains."
+        )
     return "\n".join(lines)
 
 
 def inline(text: str) -> str:
-    """Text of others on one line of Markdown, with nothing in it that Markdown or HTML would act on."""
+    """Text of others on one line of Markdown, with nothing in it that Markdown would act on."""
     flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     for mark in "\\`*_[]#|":
         flat = flat.replace(mark, f"\\{mark}")

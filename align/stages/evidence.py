@@ -16,7 +16,8 @@ from align.errors import DataError, StageError
 from align.jsonl import read_lines
 
 ORDER = (
-    "prompts", "candidates", "preferences", "reference", "train", "test_prompts", "before", "after", "evaluate",
+    "prompts", "candidates", "preferences", "reference", "train",
+    "test_prompts", "before", "after", "evaluate",
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ class Compared:
 
     @property
     def gain(self) -> float:
-        """How surely and by how much the new answer is better; negative where it is worse, 0 without a verdict."""
+        """How surely and by how much the new answer is better; negative where it is worse."""
         return 0.0 if self.p_after is None else (2 * self.p_after - 1) * (self.margin or 1.0)
 
 
@@ -71,7 +72,7 @@ class Evidence:
     config: Mapping[str, Any]
 
     def setting(self, dotted: str) -> Any:
-        """A value of the configuration, None where it is not there. Example: `setting("algorithm.beta")`."""
+        """A value of the configuration, or None. Example: `setting("algorithm.beta")`."""
         node: Any = self.config
         for key in dotted.split("."):
             node = node.get(key) if isinstance(node, Mapping) else None
@@ -87,8 +88,13 @@ def gather(inputs: Mapping[str, Path], *, config: str, label_judge: str) -> Evid
     """
     for needed in ("train", "evaluate"):
         if needed not in inputs:
-            raise StageError(f"inputs={sorted(inputs)}: a report needs {needed}; run that stage before it")
-    metrics = {**numbers(inputs["train"] / "metrics.json"), **numbers(inputs["evaluate"] / "metrics.json")}
+            raise StageError(
+                f"inputs={sorted(inputs)}: a report needs {needed}; run that stage before it"
+            )
+    metrics = {
+        **numbers(inputs["train"] / "metrics.json"),
+        **numbers(inputs["evaluate"] / "metrics.json"),
+    }
     judging = json_object(inputs["evaluate"] / "judge.json")
     judge = judging.get("judge") or ("an unnamed judge" if "evaluate/win_rate" in metrics else None)
     labeller = str(label_judge or judging.get("label_judge") or "")
@@ -159,11 +165,13 @@ def answer(side: Mapping[str, Any]) -> Answer:
     scores = finite(side.get("scores") or {})
     known = finite({key: side.get(key) for key in ("length", "total")})
     total = known.get("total", sum(scores.values()) if scores else None)
-    return Answer(text=str(side.get("text") or ""), length=known.get("length"), scores=scores, total=total)
+    return Answer(
+        text=str(side.get("text") or ""), length=known.get("length"), scores=scores, total=total
+    )
 
 
 def parsed(config: str) -> dict[str, Any]:
-    """The configuration's tree; the report shows the text itself, so one that cannot be parsed only loses its links."""
+    """The configuration's tree, {} where the text, which the report shows as it is, is no YAML."""
     try:
         tree = yaml.safe_load(config)
     except yaml.YAMLError:

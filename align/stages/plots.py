@@ -1,7 +1,8 @@
-"""The report's figures: numbers in, one SVG text each, with colours that the page's style sheet decides.
+"""The report's figures: numbers in, one SVG text each, coloured by the page's style sheet.
 
-matplotlib draws with placeholder colours; `finish` maps them onto CSS variables, so that one drawing serves light and
-dark, and leaves text as text in the page's own font. The same numbers give the same bytes.
+matplotlib draws with placeholder colours; `finish` maps them onto CSS variables, so that one
+drawing serves light and dark, and leaves text as text in the page's own font. The same numbers give
+the same bytes.
 """
 
 import io
@@ -9,6 +10,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -16,13 +18,21 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.transforms import blended_transform_factory
 
-from align.stats import Interval
+from align.stats import Floats, Interval
 
 INK, MUTED, GRID, AFTER, BEFORE, WORSE = (f"#0000{i:02x}" for i in range(1, 7))
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", AFTER: "after", BEFORE: "before", WORSE: "worse"}
+VARIABLES = {
+    INK: "ink",
+    MUTED: "muted",
+    GRID: "grid",
+    AFTER: "after",
+    BEFORE: "before",
+    WORSE: "worse",
+}
 POINTS = 72.0  # units of an SVG per inch of matplotlib
-SETTINGS = {"svg.hashsalt": "align", "svg.fonttype": "none"}
+SETTINGS: dict[Any, Any] = {"svg.hashsalt": "align", "svg.fonttype": "none"}
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
 MOST_POINTS = 400  # of one curve; more cannot be told apart on paper
@@ -49,7 +59,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One curve: colour placeholder, (steps, values), drawn as a thin line or as a line with dots."""
+    """One curve: a colour placeholder, and its points as a thin line or as a line with dots."""
 
     color: str
     steps: Sequence[float]
@@ -64,30 +74,35 @@ def canvas(width: float, height: float) -> Figure:
 
 
 def axes(figure: Figure, *, left: float, right: float, top: float, bottom: float) -> Axes:
-    """Axes with margins in SVG units: the page's font is unknown here, so nothing is fitted to text."""
+    """Axes with margins in SVG units: the page's font is unknown, so nothing is fitted to text."""
     width, height = (float(side) * POINTS for side in figure.get_size_inches())
-    box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    box = (
+        left / width,
+        bottom / height,
+        (width - left - right) / width,
+        (height - top - bottom) / height,
+    )
     ax = figure.add_axes(box, facecolor="none")
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
     ax.spines["bottom"].set_color(MUTED)
     ax.spines["bottom"].set_linewidth(0.8)
-    ax.tick_params(colors=MUTED, labelcolor=MUTED, length=0, pad=5, labelsize=11)
+    ax.tick_params(colors=MUTED, labelcolor=MUTED, length=0, pad=5, labelsize=11.5)
     ax.set_axisbelow(True)
     return ax
 
 
 def win_rates(rows: Sequence[Rate]) -> str:
     """A row each: a bar from even (50%) to the rate, its interval, and the number at the right."""
-    row_height, head, foot = 30.0, 8.0, 26.0
-    figure = canvas(440, row_height * len(rows) + head + foot)
-    ax = axes(figure, left=146, right=66, top=head, bottom=foot)
+    row_height, head, foot = 29.0, 6.0, 26.0
+    figure = canvas(400, row_height * len(rows) + head + foot)
+    ax = axes(figure, left=136, right=62, top=head, bottom=foot)
     span = (len(rows) - 0.5, -0.5)
     for x in (0, 0.25, 0.75, 1):
         ax.plot([x, x], span, color=GRID, linewidth=0.8)
     ax.plot([0.5, 0.5], span, color=MUTED, linewidth=1.2)
     for y, row in enumerate(rows):
-        _rate(ax, y, row)
+        _rate(figure, ax, y, row)
     ax.set(xlim=(-0.02, 1.02), ylim=span, xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[])
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.spines["bottom"].set_visible(False)
@@ -95,7 +110,7 @@ def win_rates(rows: Sequence[Rate]) -> str:
     return finish(figure, name="rates", label=f"Win rates of the tuned model, 50% is even: {told}")
 
 
-def _rate(ax: Axes, y: int, row: Rate) -> None:
+def _rate(figure: Figure, ax: Axes, y: int, row: Rate) -> None:
     rate = row.interval
     sure = row.measured and not rate.low <= 0.5 <= rate.high
     color = MUTED if not sure else AFTER if rate.mean > 0.5 else WORSE
@@ -103,29 +118,36 @@ def _rate(ax: Axes, y: int, row: Rate) -> None:
     if row.measured:
         ax.plot([rate.low, rate.high], [y, y], color=color, linewidth=2.2, solid_capstyle="butt")
     ax.plot([rate.mean], [y], marker="o", markersize=6.5, color=color, markeredgewidth=0)
-    name, value = ax.get_yaxis_transform(), f"{rate.mean:.1%}"
-    style = {"va": "center_baseline", "parse_math": False, "fontsize": 12}
-    ax.text(-0.05, y, clip(row.label), transform=name, ha="right", color=MUTED if row.criterion else INK, **style)
-    ax.text(1.24, y, value, transform=name, ha="right", color=INK, **style)
+    beside(figure, ax, y, left=row.label, right=f"{rate.mean:.1%}")
+
+
+def beside(figure: Figure, ax: Axes, y: int, *, left: str, right: str) -> None:
+    """A row's name and number, flush with the figure's edges."""
+    place = blended_transform_factory(figure.transFigure, ax.transData)
+    style: dict[str, Any] = {
+        "transform": place,
+        "va": "center_baseline",
+        "parse_math": False,
+        "fontsize": 12.5,
+    }
+    ax.text(0, y, clip(left), ha="left", color=INK, **style)
+    ax.text(1, y, right, ha="right", color=INK, **style)
 
 
 def marks(rows: Sequence[Change]) -> str:
     """A row a criterion: from the mean mark before (hollow) to the one after (solid)."""
-    row_height, head, foot = 32.0, 8.0, 26.0
-    figure = canvas(440, row_height * len(rows) + head + foot)
-    ax = axes(figure, left=110, right=102, top=head, bottom=foot)
+    row_height, head, foot = 29.0, 6.0, 26.0
+    figure = canvas(400, row_height * len(rows) + head + foot)
+    ax = axes(figure, left=136, right=104, top=head, bottom=foot)
     span = (len(rows) - 0.5, -0.5)
     for x in (0, 0.25, 0.5, 0.75, 1):
         ax.plot([x, x], span, color=GRID, linewidth=0.8)
     for y, row in enumerate(rows):
         color = WORSE if row.after < row.before else AFTER
-        style = {"transform": ax.get_yaxis_transform(), "va": "center_baseline", "parse_math": False}
         ax.plot([row.before, row.after], [y, y], color=color, linewidth=2.2, alpha=0.45)
         ax.plot([row.before], [y], marker="o", markersize=6.5, color=BEFORE, markeredgewidth=0)
         ax.plot([row.after], [y], marker="o", markersize=7.5, color=color, markeredgewidth=0)
-        ax.text(-0.05, y, clip(row.label), ha="right", color=INK, fontsize=12, **style)
-        told = f"{row.before:.0%} → {row.after:.0%}"
-        ax.text(1.42, y, told, ha="right", color=INK, fontsize=12, **style)
+        beside(figure, ax, y, left=row.label, right=f"{row.before:.0%} → {row.after:.0%}")
     ax.set(xlim=(-0.03, 1.03), ylim=span, xticks=[0, 0.5, 1], yticks=[])
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.spines["bottom"].set_visible(False)
@@ -133,7 +155,9 @@ def marks(rows: Sequence[Change]) -> str:
     return finish(figure, name="marks", label=f"Mean marks before and after: {told}")
 
 
-def curves(lines: Sequence[Line], *, name: str, label: str, percent: bool, kept: float | None) -> str:
+def curves(
+    lines: Sequence[Line], *, name: str, label: str, percent: bool, kept: float | None
+) -> str:
     """One small panel over training steps; `kept` marks the step whose adapter was kept."""
     figure = canvas(300, 180)
     ax = axes(figure, left=44, right=12, top=20, bottom=28)
@@ -141,7 +165,15 @@ def curves(lines: Sequence[Line], *, name: str, label: str, percent: bool, kept:
         stride = max(1, -(-len(line.steps) // MOST_POINTS))
         steps, values = line.steps[::stride], line.values[::stride]
         if line.dots or len(steps) == 1:
-            ax.plot(steps, values, color=line.color, linewidth=1.6, marker="o", markersize=4, markeredgewidth=0)
+            ax.plot(
+                steps,
+                values,
+                color=line.color,
+                linewidth=1.6,
+                marker="o",
+                markersize=4,
+                markeredgewidth=0,
+            )
         else:
             ax.plot(steps, values, color=line.color, linewidth=1.1, alpha=0.6)
     low, high = ax.get_ylim()
@@ -153,7 +185,15 @@ def curves(lines: Sequence[Line], *, name: str, label: str, percent: bool, kept:
         ax.axvline(kept, color=MUTED, linewidth=0.9, dashes=(2, 2))
         place, side = (ax.get_xaxis_transform(), ax.get_xlim())
         late = kept > (side[0] + side[1]) / 2
-        ax.text(kept, 1.03, "kept", transform=place, ha="right" if late else "left", color=MUTED, fontsize=10.5)
+        ax.text(
+            kept,
+            1.03,
+            "kept",
+            transform=place,
+            ha="right" if late else "left",
+            color=MUTED,
+            fontsize=10.5,
+        )
     ax.grid(axis="y", color=GRID, linewidth=0.8)
     ax.yaxis.set_major_locator(MaxNLocator(4))
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -162,9 +202,9 @@ def curves(lines: Sequence[Line], *, name: str, label: str, percent: bool, kept:
 
 
 def histograms(before: Sequence[float], after: Sequence[float], *, name: str, unit: str) -> str:
-    """Both distributions over the same bins; what lies beyond the 99th percentile is counted in the last bin."""
-    figure = canvas(440, 210)
-    ax = axes(figure, left=40, right=14, top=12, bottom=44)
+    """Both distributions over the same bins; the last one counts all beyond the 99th percentile."""
+    figure = canvas(400, 200)
+    ax = axes(figure, left=36, right=8, top=10, bottom=44)
     old, new = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     edges = bin_edges(np.concatenate([old, new]))
     for values, color, fill in ((old, BEFORE, 0.5), (new, AFTER, 0.14)):
@@ -172,19 +212,20 @@ def histograms(before: Sequence[float], after: Sequence[float], *, name: str, un
         ax.stairs(heights, edges, fill=True, color=color, alpha=fill, linewidth=0)
         ax.stairs(heights, edges, color=color, linewidth=1.8)
     ax.grid(axis="y", color=GRID, linewidth=0.8)
-    ax.set_xlim(edges[0], edges[-1])
+    margin = (edges[-1] - edges[0]) / 60
+    ax.set_xlim(edges[0] - margin, edges[-1] + margin)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     beyond = int((np.concatenate([old, new]) > edges[-1]).sum())
-    more = f" ({beyond} longer ones in the last bar)" if beyond else ""
-    ax.set_xlabel(unit + more, color=MUTED, fontsize=11, labelpad=6)
+    more = f" (the last bar holds {beyond} beyond it)" if beyond else ""
+    ax.set_xlabel(unit + more, color=MUTED, fontsize=11.5, labelpad=6)
     told = f"median {np.median(old):.4g} before, {np.median(new):.4g} after"
     return finish(figure, name=name, label=f"Distribution of {unit}: {told}")
 
 
-def bin_edges(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
-    """Some thirty bins of a whole width, centred on whole numbers; finer ones where all values lie close together."""
+def bin_edges(values: Floats) -> Floats:
+    """Some thirty bins of a whole width around whole numbers; finer ones for close values."""
     low, high = float(values.min()), float(np.quantile(values, 0.99, method="higher"))
     width = max(1.0, float(np.ceil((high - low) / 30)))
     if high - low < 2 and np.any(values % 1):
@@ -199,10 +240,14 @@ def clip(text: str, most: int = 20) -> str:
 
 
 def finish(figure: Figure, *, name: str, label: str) -> str:
-    """The figure as an inline SVG: CSS variables for colours, the page's font, ids of its own, an accessible name."""
+    """The figure as inline SVG: CSS variables, the page's font, own ids, an accessible name."""
     raw = io.StringIO()
     with mpl.rc_context(SETTINGS):
-        figure.savefig(raw, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+        figure.savefig(
+            raw,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Type": None, "Format": None},
+        )
     root = ElementTree.fromstring(raw.getvalue())
     strip(root)
     for element in root.iter():
@@ -210,7 +255,12 @@ def finish(figure: Figure, *, name: str, label: str) -> str:
         element.attrib.update(renamed(element.attrib, name))
         element.attrib.pop(LINK, None)
     width, height = root.attrib.pop("width")[:-2], root.attrib.pop("height")[:-2]
-    root.attrib |= {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": label, "class": f"figure {name}"}
+    root.attrib |= {
+        "viewBox": f"0 0 {width} {height}",
+        "role": "img",
+        "aria-label": label,
+        "class": f"figure {name}",
+    }
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -222,7 +272,7 @@ def strip(root: ElementTree.Element) -> None:
 
 
 def renamed(attributes: Mapping[str, str], name: str) -> dict[str, str]:
-    """What changes of an element's attributes: ids get the figure's prefix, links follow, styles lose font and colour."""
+    """An element's changed attributes: prefixed ids and links, styles without font and colour."""
     changed = {}
     if "id" in attributes:
         changed["id"] = f"{name}-{attributes['id']}"

@@ -1,8 +1,9 @@
-"""Writes what a run is mailed as: one page that answers whether it got better, and the adapter with its model card."""
+"""Writes what a run is mailed as: a page that says whether it got better, and the adapter."""
 
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from markupsafe import Markup, escape
 
 from align.artifacts import write_atomic
 from align.errors import StageError
+from align.records import OK, TIE
 from align.stages import plots
 from align.stages.card import model_card
 from align.stages.evidence import Compared, Evidence, gather
@@ -23,9 +25,10 @@ from align.stages.verdict import bounds, number, overall, percent, verdict
 from align.stats import length_controlled, wilson, win_rate
 
 HERE = Path(__file__).parent
-MOST_GAINS, MOST_LOSSES = 6, 12
+MOST_GAINS, MOST_LOSSES = 4, 12
 SEED = 0
-LONG_TEXT = 1400
+LONG_TEXT = 900
+USABLE = (OK, TIE, "")
 # Control and format characters that a reader must see rather than be led by; tab and newline stay.
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
@@ -34,15 +37,15 @@ UNSEEN = re.compile(
 PANELS = (
     ("loss", "Loss", ("loss",), "what is minimised"),
     ("margin", "Reward margin", ("reward_margin",), "implicit reward of chosen minus rejected"),
-    ("accuracy", "Accuracy", ("accuracy",), "share of pairs ranked as the judge ranks them"),
-    ("kl", "KL", ("kl",), "distance from the model it started from, nats"),
+    ("accuracy", "Accuracy", ("accuracy",), "pairs ranked as the judge ranks them"),
+    ("kl", "KL", ("kl",), "from the model it started from, nats"),
     ("logps", "Log-probabilities", ("chosen_logps", "rejected_logps"), "of whole answers, nats"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One training curve, drawn; `pair` where it shows chosen and rejected instead of training and held-out."""
+    """One training curve, drawn; `pair` where it shows chosen and rejected."""
 
     title: str
     told: str
@@ -63,7 +66,7 @@ class Cost:
 
 
 def run(settings: ReportStage, inputs: dict[str, Path], out: Path) -> None:
-    """Writes report.html, verdict.txt and adapter/ (hard links to the trained one, with a README.md of its own).
+    """Writes report.html, verdict.txt and adapter/ (the trained one, linked, with a model card).
 
     Raises:
         StageError: there is no trained adapter, no training or no evaluation.
@@ -79,7 +82,7 @@ def run(settings: ReportStage, inputs: dict[str, Path], out: Path) -> None:
 
 
 def link_adapter(source: Path, target: Path) -> list[str]:
-    """Hard links (copies where the file system has none) of the adapter's files but its README; returns their names.
+    """Hard links (or copies) of all the adapter's files but its README; returns their names.
 
     Raises:
         StageError: there is none.
@@ -102,16 +105,21 @@ def link_adapter(source: Path, target: Path) -> list[str]:
 def page(settings: ReportStage, evidence: Evidence) -> str:
     """The whole page, self-contained."""
     templates = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     templates.filters |= {
-        "percent": percent, "number": number, "bounds": bounds, "visible": visible, "duration": duration,
-        "words": lambda key: key.replace("_", " "),
+        "percent": percent, "number": number, "bounds": bounds, "visible": visible,
+        "duration": duration, "words": lambda key: key.replace("_", " "),
     }  # fmt: skip
     judged = [pair for pair in evidence.compared if pair.p_after is not None]
     ranked = sorted(judged, key=lambda pair: (-pair.gain, pair.id))
     losses = [pair for pair in reversed(ranked) if pair.gain < 0]
     gains = [pair for pair in ranked if pair.gain > 0]
+    changes = marks(evidence)
     return templates.get_template("report.html.j2").render(
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         name=settings.name,
@@ -122,9 +130,11 @@ def page(settings: ReportStage, evidence: Evidence) -> str:
         verdict=verdict(evidence.metrics, judge=evidence.judge),
         overall=overall(evidence.metrics),
         judged=judged,
+        unusable=unusable(evidence),
         ties=sum(pair.p_after == 0.5 for pair in judged),
         rates=rates(evidence, judged),
-        marks=marks(evidence),
+        marks=changes,
+        fell=any(row.after < row.before for row in changes),
         panels=panels(evidence),
         gains=gains,
         losses=losses,
@@ -137,11 +147,22 @@ def page(settings: ReportStage, evidence: Evidence) -> str:
     )
 
 
+def unusable(evidence: Evidence) -> dict[str, int]:
+    """How many comparisons of the evaluation gave no verdict, by what became of them."""
+    return dict(
+        sorted(
+            Counter(pair.status for pair in evidence.compared if pair.status not in USABLE).items()
+        )
+    )
+
+
 def rates(evidence: Evidence, judged: Sequence[Compared]) -> list[Rate]:
-    """The win rates in order: overall, with length and manners held equal, then criterion by criterion."""
+    """The win rates in order: overall, at equal length and manners, then by criterion."""
     metrics, whole = evidence.metrics, overall(evidence.metrics)
     rows = [] if whole is None else [Rate(label="Overall", interval=whole)]
-    known = [pair for pair in judged if pair.before.length is not None and pair.after.length is not None]
+    known = [
+        pair for pair in judged if pair.before.length is not None and pair.after.length is not None
+    ]
     if "evaluate/win_rate_length_controlled" in metrics and known:
         controlled = length_controlled(
             np.array([pair.p_after for pair in known], dtype=float),
@@ -154,9 +175,13 @@ def rates(evidence: Evidence, judged: Sequence[Compared]) -> list[Rate]:
         interval = wilson(metrics["evaluate/win_rate_equal_manners"], n=alike)
         rows.append(Rate(label="At equal manners", interval=interval))
     for name in criteria(judged):
-        both = [(pair.before.scores[name], pair.after.scores[name]) for pair in judged if has(pair, name)]
+        both = [
+            (pair.before.scores[name], pair.after.scores[name])
+            for pair in judged
+            if has(pair, name)
+        ]
         p = np.array([0.5 + 0.5 * ((new > old) - (new < old)) for old, new in both])
-        rows.append(Rate(label=name, interval=win_rate(p, seed=SEED), criterion=True))
+        rows.append(Rate(label=printable(name), interval=win_rate(p, seed=SEED), criterion=True))
     return rows
 
 
@@ -173,15 +198,20 @@ def criteria(judged: Sequence[Compared]) -> list[str]:
 
 
 def marks(evidence: Evidence) -> list[Change]:
-    """Mean marks before and after; marks that are not fractions have no common axis and are left out."""
+    """Mean marks before and after; marks beyond 0 to 1 have no common axis and are left out."""
     found = []
     for key in evidence.metrics:
         if match := re.fullmatch(r"evaluate/criterion/(.+)/before", key):
-            old, new = evidence.metrics[key], evidence.metrics.get(f"evaluate/criterion/{match[1]}/after", -1)
+            old, new = (
+                evidence.metrics[key],
+                evidence.metrics.get(f"evaluate/criterion/{match[1]}/after", -1),
+            )
             if 0 <= old <= 1 and 0 <= new <= 1:
-                found.append(Change(label=match[1], before=old, after=new))
+                found.append(Change(label=printable(match[1]), before=old, after=new))
     order = criteria(evidence.compared)
-    return sorted(found, key=lambda row: order.index(row.label) if row.label in order else len(order))
+    return sorted(
+        found, key=lambda row: order.index(row.label) if row.label in order else len(order)
+    )
 
 
 def panels(evidence: Evidence) -> list[Panel]:
@@ -259,7 +289,7 @@ def costs(evidence: Evidence) -> list[Cost]:
 
 
 def versions(evidence: Evidence) -> dict[str, list[str]]:
-    """Package versions over all steps; more than one of a package means that steps were made at different times."""
+    """Package versions over all steps; several of one where steps were made at different times."""
     found: dict[str, list[str]] = {}
     for manifest in evidence.manifests.values():
         known: Mapping[str, str] = manifest.get("versions") or {}
@@ -274,11 +304,13 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    return (
+        f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    )
 
 
 def visible(text: str) -> Markup:
-    """Escaped text in which every character that hides or reorders others stands as its code point."""
+    """Escaped text in which characters that hide or reorder others stand as code points."""
     parts = []
     position = 0
     for match in UNSEEN.finditer(text):
@@ -292,5 +324,5 @@ def code_point(character: str) -> Markup:
 
 
 def printable(text: str) -> str:
-    """Plain text with the same characters written out, for files and terminals."""
+    """Plain text with the same characters written out, for files, figures and terminals."""
     return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)

@@ -1,4 +1,4 @@
-"""What the measurements say in one honest sentence, and how numbers are written in report and model card."""
+"""What the measurements say in one honest sentence, and how numbers are written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ STARTED_FROM = "against the model it started from"
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`kind` is one of better, worse, unclear, unjudged; `sentence` stands first in report, card and terminal."""
+    """`kind` is better, worse, unclear or unjudged; `sentence` stands first wherever it is told."""
 
     kind: str
     sentence: str
@@ -34,7 +34,7 @@ def number(value: float) -> str:
 
 
 def overall(metrics: Mapping[str, float]) -> Interval | None:
-    """The measured win rate with its interval, None where no verdict was usable or no judge was asked."""
+    """The measured win rate, None where no verdict was usable or no judge was asked."""
     keys = [f"evaluate/win_rate{end}" for end in ("", "_low", "_high")]
     if not all(key in metrics for key in keys):
         return None
@@ -61,7 +61,8 @@ def verdict(metrics: Mapping[str, float], *, judge: str | None) -> Verdict:
     else:
         kind = UNCLEAR
         sentence = (
-            f"No clear difference: the tuned model wins {told} {STARTED_FROM}, and that interval includes 50%"
+            f"No clear difference: the tuned model wins {told} {STARTED_FROM}, "
+            "and that interval includes 50%"
         )
     return Verdict(kind=kind, sentence=sentence + _correct(metrics, kind=kind) + ".")
 
@@ -87,8 +88,12 @@ def _unjudged(metrics: Mapping[str, float], *, judge: str | None) -> str:
     )
     known = []
     if "evaluate/held_out_accuracy" in metrics:
-        known.append(f"ranks {percent(metrics['evaluate/held_out_accuracy'])} of held-out preferences right")
+        known.append(
+            f"ranks {percent(metrics['evaluate/held_out_accuracy'])} of held-out preferences right"
+        )
     if "evaluate/kl" in metrics:
-        known.append(f"stands {number(metrics['evaluate/kl'])} nats from the model it started from")
+        known.append(
+            f"stands {number(metrics['evaluate/kl'])} nats an answer from the model it started from"
+        )
     also = f" The tuned model {' and '.join(known)}." if known else ""
     return f"There is no win rate: {why}, so whether the answers got better was not measured.{also}"

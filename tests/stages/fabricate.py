@@ -1,4 +1,4 @@
-"""A made-up run for the report's tests: folders as the stages leave them, with numbers drawn from a seed."""
+"""A made-up run for the report's tests: folders as stages leave them, drawn from a seed."""
 
 import json
 import math
@@ -26,8 +26,9 @@ ANSWERS = (
     "Obviously it is 12 days, can you not read?",
     "The notice is 30 days.",
     "I would be happy to help: you apply 30 days in advance. I wish you a pleasant day!",
-    "The agreement says nothing about this, so please ask the personnel office before you plan anything.",
-    "It is either 5 months or 14 weeks, depending on which of the clauses one takes, and there may be others.",
+    "The agreement says nothing about this, so please ask the personnel office first.",
+    "It is either 5 months or 14 weeks, depending on which of the clauses one takes; "
+    "there may be others.",
 )
 
 
@@ -60,7 +61,12 @@ def manifest(step: str, *, seconds: float, usd: float = 0.0, rows: int = 0) -> d
         "inputs": {},
         "rows": {"rows.jsonl": rows} if rows else {},
         "files": {},
-        "versions": {"python": "3.12.3", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
+        "versions": {
+            "python": "3.12.3",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+            "peft": "0.21.2",
+        },
         "git_commit": "3930730aa0c5f6c1d2e3",
         "duration_s": seconds,
         "cost_usd": usd,
@@ -77,13 +83,17 @@ def marks(rng: random.Random, good: float) -> dict[str, float]:
     }
 
 
-def comparison(line: Mapping[str, Any], rng: random.Random, *, before: float, after: float) -> dict[str, Any]:
-    sides = []
+def comparison(
+    line: Mapping[str, Any], rng: random.Random, *, before: float, after: float
+) -> dict[str, Any]:
+    sides: list[dict[str, Any]] = []
     for good in (before, after):
         scores = marks(rng, good)
         total = sum(weight * scores[name] for name, weight in zip(CRITERIA, WEIGHTS, strict=True))
         length = max(3, round(rng.gauss(18 + 14 * good, 6)))
-        sides.append({"text": rng.choice(ANSWERS), "length": length, "scores": scores, "total": total})
+        sides.append(
+            {"text": rng.choice(ANSWERS), "length": length, "scores": scores, "total": total}
+        )
     difference = sides[1]["total"] - sides[0]["total"]
     p = 0.5 + 0.5 * ((difference > 0) - (difference < 0))
     return {
@@ -129,7 +139,10 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, float]:
         found[f"evaluate/criterion/{name}/after"] = sum(after) / len(rows)
     for side, answers in (("before", old), ("after", new)):
         interval = mean_interval([answer["scores"]["correct"] for answer in answers], seed=0)
-        found |= {f"evaluate/correct_{side}": interval.mean, f"evaluate/correct_{side}_low": interval.low}
+        found |= {
+            f"evaluate/correct_{side}": interval.mean,
+            f"evaluate/correct_{side}_low": interval.low,
+        }
         found[f"evaluate/correct_{side}_high"] = interval.high
     return found
 
@@ -140,45 +153,65 @@ def training(rng: random.Random) -> list[dict[str, float]]:
     for step in range(1, 151):
         learnt = 1 - math.exp(-step / 45)
         held = {
-            "loss": 0.69 - 0.42 * learnt, "reward_margin": 3.1 * learnt, "accuracy": 0.5 + 0.39 * learnt,
-            "chosen_logps": -30 - 9 * learnt, "rejected_logps": -31 - 38 * learnt, "kl": 12 * learnt,
+            "loss": 0.69 - 0.42 * learnt, "reward_margin": 3.1 * learnt, 
+            "accuracy": 0.5 + 0.39 * learnt,
+            "chosen_logps": -30 - 9 * learnt, "rejected_logps": -31 - 38 * learnt, 
+            "kl": 12 * learnt,
         }  # fmt: skip
-        noise = {key: value + rng.gauss(0, 0.06) * (1 if abs(value) < 5 else 30) for key, value in held.items()}
+        noise = {
+            key: value + rng.gauss(0, 0.06) * (1 if abs(value) < 5 else 30)
+            for key, value in held.items()
+        }
         noise["accuracy"] = min(1.0, max(0.0, noise["accuracy"]))
-        rows.append({"step": step, "epoch": step / 150, "learning_rate": 5e-5, "grad_norm": 1.1, **noise})
+        rows.append(
+            {"step": step, "epoch": step / 150, "learning_rate": 5e-5, "grad_norm": 1.1, **noise}
+        )
         if step % 25 == 0:
-            rows.append({"step": step, **{f"eval_{key}": value for key, value in held.items() if key != "kl"}})
+            rows.append(
+                {
+                    "step": step,
+                    **{f"eval_{key}": value for key, value in held.items() if key != "kl"},
+                }
+            )
     return rows
 
 
-def fabricate(root: Path, *, before: float = 0.35, after: float = 0.9, prompts: int = 400) -> dict[str, Path]:
-    """All nine folders of a finished run; `before` and `after` say how good the answers are, 0 to 1."""
+def fabricate(
+    root: Path, *, before: float = 0.35, after: float = 0.9, prompts: int = 400
+) -> dict[str, Path]:
+    """All folders of a finished run; `before` and `after`: how good the answers are, 0 to 1."""
     rng = random.Random(11)
     steps = {
-        "prompts": (0.3, 1600), "candidates": (312.0, 1600), "preferences": (4.1, 5124), "reference": (48.2, 0),
-        "train": (741.0, 0), "test_prompts": (0.2, 400), "before": (21.7, 400), "after": (24.9, 400),
+        "prompts": (0.3, 1600), "candidates": (312.0, 1600), "preferences": (4.1, 5124),
+        "reference": (48.2, 0),
+        "train": (741.0, 0), "test_prompts": (0.2, 400),
+        "before": (21.7, 400), "after": (24.9, 400),
         "evaluate": (18.3, 400),
     }  # fmt: skip
     inputs = {step: root / step for step in steps}
-    for step, (seconds, rows) in steps.items():
+    for step, (seconds, count) in steps.items():
         usd = 3.27 if step == "preferences" else 0.0
-        write(inputs[step] / "manifest.json", manifest(step, seconds=seconds, usd=usd, rows=rows))
+        write(inputs[step] / "manifest.json", manifest(step, seconds=seconds, usd=usd, rows=count))
     write(inputs["candidates"] / "counts.json", {
         "prompts": 1600, "responses": 6400, "duplicates": 211, "empty": 3, "cut_prompts": 0,
         "finished_by_length": 17, "tokens": 158_431,
     })  # fmt: skip
     write(inputs["preferences"] / "counts.json", {
-        "comparisons": 6280, "ok": 5124, "tie": 1138, "refusal": 0, "malformed": 18, "overflow": 0, "failed": 0,
+        "comparisons": 6280, "ok": 5124, "tie": 1138, "refusal": 0, "malformed": 18,
+        "overflow": 0, "failed": 0,
         "inconsistent": 402, "duplicates": 211, "empty": 3, "preferences": 5124,
     })  # fmt: skip
     write_lines(inputs["train"] / "curves.jsonl", training(rng))
     write(inputs["train"] / "metrics.json", {
-        "train/best_step": 125, "train/steps": 150, "train/held_out_accuracy": 0.861, "train/pairs": 4868,
+        "train/best_step": 125, "train/steps": 150, "train/held_out_accuracy": 0.861,
+        "train/pairs": 4868,
     })  # fmt: skip
     write(inputs["train"] / "adapter" / "adapter_config.json", {"peft_type": "LORA"})
     (inputs["train"] / "adapter" / "adapter_model.safetensors").write_bytes(b"\0" * 64)
     (inputs["train"] / "adapter" / "README.md").write_text("what peft wrote")
-    lines = [json.loads(line) for line in STARTER.read_text(encoding="utf-8").splitlines()[:prompts]]
+    lines = [
+        json.loads(line) for line in STARTER.read_text(encoding="utf-8").splitlines()[:prompts]
+    ]
     rows = [comparison(line, rng, before=before, after=after) for line in lines]
     write_lines(inputs["evaluate"] / "comparisons.jsonl", rows)
     write(inputs["evaluate"] / "metrics.json", measured(rows))

@@ -1,0 +1,41 @@
+"""The nouns: unknown fields are kept, JSON and back is the identity, swapping twice is nothing."""
+
+import pytest
+
+from align.records import Candidate, Comparison, Message, Preference, Prompt, Verdict
+
+
+def test_unknown_fields_are_kept_in_meta():
+    prompt = Prompt.from_json({"prompt": "Hi", "topic": "greeting", "meta": {"a": 1}}, number=4)
+    assert prompt.meta == {"topic": "greeting", "a": 1}
+    assert prompt.id == "0000004"
+    assert prompt.messages == (Message(role="user", content="Hi"),)
+
+
+def test_a_preference_survives_json_and_two_swaps():
+    line = {"id": "7", "prompt": "?", "chosen": "a", "rejected": "b", "p": 0.75, "margin": 2}
+    preference = Preference.from_json(line)
+    assert Preference.from_json(preference.to_json()) == preference
+    assert preference.swap().chosen == "b" and preference.swap().p == 0.25
+    assert preference.swap().swap() == preference
+
+
+def test_plain_responses_are_read_as_candidates():
+    candidate = Candidate.from_json({"prompt": "?", "responses": ["a", "b"]})
+    assert [r.text for r in candidate.responses] == ["a", "b"]
+    assert Candidate.from_json(candidate.to_json()) == candidate
+
+
+def test_a_swapped_comparison_carries_its_indices_along():
+    comparison = Comparison(
+        prompt=Prompt.from_json({"prompt": "?"}), first="a", second="b", first_index=3, second_index=5
+    )
+    swapped = comparison.swap()
+    assert (swapped.first, swapped.first_index, swapped.second_index) == ("b", 5, 3)
+    assert swapped.swap() == comparison
+
+
+@pytest.mark.parametrize(("status", "p"), [("ok", None), ("refusal", 0.5), ("perhaps", 0.5)])
+def test_a_failure_can_carry_no_probability_and_a_verdict_needs_one(status, p):
+    with pytest.raises(ValueError, match="verdict"):
+        Verdict(id="1", first=0, second=1, status=status, p_first=p, consistent=True, judge="x")
