@@ -12,7 +12,8 @@ from align.algorithms.settings import Dpo
 from align.records import Preference
 
 if TYPE_CHECKING:
-    from align.algorithms.preference_trainer import PairData, Policy
+    from align.algorithms.pairs import PairData
+    from align.algorithms.preference_trainer import Policy
 
 NEEDS = Needs(records=Preference, reference=True)
 
@@ -22,7 +23,8 @@ def train(policy: "Policy", data: "PairData", *, settings: Dpo, out: Path) -> No
     import torch
 
     from align.algorithms.dpo_loss import LOSSES, PairLogprobs, soft_label
-    from align.algorithms.preference_trainer import Results, fit
+    from align.algorithms.fit import fit
+    from align.algorithms.preference_trainer import Results
 
     def results(pairs: PairLogprobs, p: torch.Tensor) -> Results:
         p = p if settings.soft_labels else torch.ones_like(p)

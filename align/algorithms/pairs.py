@@ -54,7 +54,7 @@ def collate_pairs(pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rejected_length: [B].
     """
     rows = [
-        Row(prompt=tuple(pair["prompt_ids"]), completion=tuple(pair[f"{side}_ids"]))
+        Row(prompt=pair["prompt_ids"], completion=pair[f"{side}_ids"])
         for side in ("chosen", "rejected")
         for pair in pairs
     ]

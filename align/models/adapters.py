@@ -1,4 +1,4 @@
-"""Low-rank adapters on a frozen base: made, loaded, switched off for the reference."""
+"""Low-rank adapters on a frozen base: made, loaded, switched off for the reference; never merged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,31 +7,38 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import set_seed
 
-from align.errors import ConfigError
+from align.errors import ConfigError, StageError
 from align.models.settings import Lora
 
 
 def add_lora(model: Any, *, settings: Lora, seed: int) -> Any:
     """The model with a fresh trainable adapter called "default"; its output is at first exactly the base's.
 
+        W x  becomes  W x + (alpha / rank) B A x,    A random from `seed`, B = 0
+
+    Hu et al. 2021, arXiv:2106.09685, section 4.1. `prepare_model_for_kbit_training` is not called: it would turn
+    embeddings, norms and head of the base to float32, so that policy and reference would differ in their base.
+
     Raises:
         ConfigError: `adapter.target_modules` names no layer of the model.
     """
-    set_seed(seed)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by it, a float will do
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         task_type="CAUSAL_LM",
     )
     try:
-        policy = get_peft_model(model, config)
+        # The draw happens on the CPU, from its own generator state, whatever was drawn before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            policy = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(
-            f"adapter.target_modules={settings.target_modules}: {str(error).splitlines()[0]}; type all-linear"
+            f"adapter.target_modules={settings.target_modules}: {str(error).splitlines()[0]}; "
+            "type adapter.target_modules=all-linear"
         ) from error
     keep_in_fp32(policy)
     return policy
@@ -45,8 +52,19 @@ def keep_in_fp32(policy: Any) -> None:
 
 
 def load_adapter(model: Any, path: Path, *, trainable: bool = False) -> Any:
-    """The model with a saved adapter; plain PEFT, nothing of ours is in the folder."""
-    return PeftModel.from_pretrained(model, str(path), is_trainable=trainable).train(trainable)
+    """The model with a saved adapter; plain PEFT, nothing of ours is in the folder.
+
+    Raises:
+        StageError: the folder holds no adapter, or one for another model.
+    """
+    try:
+        policy = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StageError(
+            f"{path}: no adapter for this model ({reason}); give the folder that a training on the same base wrote"
+        ) from error
+    return policy.train(trainable)
 
 
 @contextmanager

@@ -1,14 +1,22 @@
 """Loads the base model and its tokenizer: 4-bit, 8-bit or whole, on one device, from safetensors only."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 
 from align.errors import ConfigError
 from align.models.settings import Model
+
+# Where a configuration names no window (state-space models), sequences are still held to something.
+UNKNOWN_WINDOW = 4096
 
 
 def default_device() -> torch.device:
@@ -19,6 +27,7 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(settings: Model, device: torch.device) -> torch.dtype:
+    """"auto" is float32 on a CPU, where bfloat16 is ten times slower, and bfloat16 on a GPU."""
     if settings.dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -26,34 +35,89 @@ def compute_dtype(settings: Model, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer with its chat template, or with the one of `model.chat_template`; pads with EOS where it has no pad.
+
+    Raises:
+        ConfigError: no such model, or no chat template.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.name, revision=settings.revision)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name={settings.name}: no tokenizer ({str(error).splitlines()[0]})") from error
+        raise missing(settings, "tokenizer", error) from error
     if settings.chat_template is not None:
-        with open(settings.chat_template, encoding="utf-8") as file:
-            tokenizer.chat_template = file.read()
+        tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
-        raise ConfigError(f"model.name={settings.name}: its tokenizer has no chat template; give model.chat_template=FILE")
+        raise ConfigError(
+            f"model.name={settings.name}: its tokenizer has no chat template, so a conversation cannot be put "
+            "into tokens; give model.chat_template=FILE (a Jinja file), or choose the model's chat variant"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(settings: Model, *, device: torch.device | None = None) -> Any:
+    """The base model in evaluation mode, whole on one device.
+
+    Raises:
+        ConfigError: no such model, or one without safetensors weights.
+    """
     device = device or default_device()
     dtype = compute_dtype(settings, device)
-    quantization = None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.name,
+            revision=settings.revision,
+            dtype=dtype,
+            quantization_config=quantization(settings, dtype),
+            device_map={"": device},
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise missing(settings, "model", error) from error
+    keep_gradients_on_cpu(model)
+    model.train(False)
+    return model
+
+
+def quantization(settings: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if settings.quantization == "nf4":
-        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    elif settings.quantization == "int8":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-    model = AutoModelForCausalLM.from_pretrained(settings.name, revision=settings.revision, dtype=dtype, quantization_config=quantization, device_map={"": device}, use_safetensors=True)
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+    return None
+
+
+def keep_gradients_on_cpu(model: Any) -> None:
+    """Forbids bitsandbytes to repack 4-bit weights for AVX512-BF16 in a no-grad pass.
+
+    The repacked layout has no backward: training after an evaluation would silently lose the gradient through them.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval()
+
+
+def missing(settings: Model, what: str, error: Exception) -> ConfigError:
+    """One line for what transformers tells in a page."""
+    at = f" (revision {settings.revision})" if settings.revision else ""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ConfigError(
+        f"model.name={settings.name}{at}: no {what} could be loaded ({reason}); give an existing folder in "
+        "Hugging Face format with safetensors weights, or a hub id"
+    )
 
 
 def window(model: Any) -> int:
-    return int(getattr(model.config, "max_position_embeddings", 4096))
+    """The most tokens that a sequence may have."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size > 0:
+            return size
+    return UNKNOWN_WINDOW

@@ -1,8 +1,11 @@
 """Token log-probabilities of answers, without ever building a [B, T, V] tensor."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -10,14 +13,15 @@ from torch.utils.checkpoint import checkpoint
 from align.progress import progress_bar
 
 CHUNK_VALUES = 1 << 25  # logits held at a time: 128 MB in float32
+LINEAR_HEADS: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One prompt and one answer as token ids."""
 
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
+    prompt: Sequence[int]
+    completion: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -47,31 +51,44 @@ def collate(rows: Sequence[Row], *, device: torch.device | None = None) -> Batch
     return Batch(input_ids=torch.tensor(ids).to(device), response_mask=mask.to(device))
 
 
-def sequence_logprobs(model: Any, *, input_ids: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
-    """Summed log-probability of each row's answer, [B], in nats, float32 (float64 for a float64 model).
+def sequence_logprobs(
+    model: Any, *, input_ids: torch.Tensor, response_mask: torch.Tensor
+) -> torch.Tensor:
+    """Summed log-probability of each row's answer, [B], in nats; arguments as for `token_logprobs`."""
+    return token_logprobs(model, input_ids=input_ids, response_mask=response_mask).sum(-1)
 
-        log p(y | x) = sum_{t in answer} log softmax(head(h_{t-1}))[y_t]
 
-    The head runs only where the next token counts, a chunk at a time. Rows are padded on the right, so causal
-    attention alone keeps padding away from every token that counts and no attention mask is needed.
+def token_logprobs(
+    model: Any, *, input_ids: torch.Tensor, response_mask: torch.Tensor
+) -> torch.Tensor:
+    """Log-probability of each token that counts, [B, T], 0 elsewhere; in nats, float32 (float64 for a float64 model).
+
+        log p(y_t | x, y_<t) = log softmax(head(h_{t-1}))[y_t]
+
+    The head runs only where the next token counts. Rows are padded on the right, so causal attention alone keeps
+    padding away from every token that counts, positions count from 0, and no attention mask is needed (which lets the
+    fast causal kernels run).
 
     Args:
         model: a causal language model, bare, with an adapter, or wrapped for data parallelism.
         input_ids: [B, T].
-        response_mask: [B, T].
+        response_mask: [B, T], True where the token counts; the first token of a row has nothing before it and never
+            does.
     """
     rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)
     targets = input_ids[rows, columns + 1]
     bare = unwrapped(model)
     if has_linear_head(bare):
-        out = model(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-        head = bare.get_output_embeddings()
-        logprobs = head_logprobs(head, out.hidden_states[-1][rows, columns], targets)
+        hidden = last_hidden(model, input_ids)[rows, columns]
+        found = head_logprobs(bare.get_output_embeddings(), hidden, targets)
     else:
-        # Heads that scale or cap their logits (Gemma 2, Granite, Cohere) are left to the model itself.
-        logits = model(input_ids=input_ids, use_cache=False).logits[rows, columns]
-        logprobs = target_logprobs(logits, targets)
-    return logprobs.new_zeros(len(input_ids)).index_add(0, rows, logprobs)
+        # A head that scales or caps its logits (Gemma 2, Granite, Cohere) runs inside the model, but is given only
+        # the positions that count.
+        with only_positions(bare, rows, columns):
+            logits = model(input_ids=input_ids, use_cache=False).logits[0]
+        found = target_logprobs(logits, targets)
+    whole = found.new_zeros(input_ids.shape)
+    return whole.index_put((rows, columns + 1), found)
 
 
 def unwrapped(model: Any) -> Any:
@@ -80,15 +97,72 @@ def unwrapped(model: Any) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def has_linear_head(model: Any) -> bool:
-    """Whether logits are the output embedding of the last hidden state and nothing else; asked once per model."""
-    if not hasattr(model, "_align_linear_head"):
-        with torch.no_grad():
-            probe = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            out = model(input_ids=probe, output_hidden_states=True, use_cache=False)
-            plain = model.get_output_embeddings()(out.hidden_states[-1])
-        model._align_linear_head = bool(torch.allclose(plain.float(), out.logits.float(), rtol=1e-3, atol=1e-3))
-    return bool(model._align_linear_head)
+def last_hidden(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """What the decoder hands to the head, [B, T, H].
+
+    Taken by a hook while the outermost wrapper runs, so that data parallelism sees its forward pass; the wrapper itself
+    computes logits for the last column alone.
+    """
+    bare, seen = unwrapped(model), []
+
+    def keep(module: Any, arguments: Any, output: Any) -> None:
+        seen.append(output[0])
+
+    handle = bare.base_model.register_forward_hook(keep)
+    try:
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    hidden: torch.Tensor = seen[0]
+    return hidden
+
+
+@contextmanager
+def only_positions(bare: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+    """Within, the model's head sees [1, N, H], the hidden states at (rows, columns), instead of [B, T, H]."""
+
+    def select(module: Any, arguments: Any) -> tuple[torch.Tensor]:
+        return (arguments[0][rows, columns][None],)
+
+    handle = bare.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def has_linear_head(bare: Any) -> bool:
+    """Whether the logits are exactly the output embedding of what the decoder returns; probed once per model."""
+    if bare not in LINEAR_HEADS:
+        LINEAR_HEADS[bare] = probe_head(bare)
+    return LINEAR_HEADS[bare]
+
+
+@torch.no_grad()
+def probe_head(bare: Any) -> bool:
+    """Runs the model on two tokens and compares bit for bit: decoder to head, and head to logits."""
+    if "logits_to_keep" not in signature(bare.forward).parameters:
+        return False
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep_hidden(module: Any, arguments: Any, output: Any) -> None:
+        seen["hidden"] = output[0]
+
+    def keep_head(module: Any, arguments: Any, output: Any) -> None:
+        seen["given"], seen["logits"] = arguments[0], output
+
+    hooks = [
+        bare.base_model.register_forward_hook(keep_hidden),
+        bare.get_output_embeddings().register_forward_hook(keep_head),
+    ]
+    try:
+        ids = torch.tensor([[1, 2]], device=bare.device)
+        logits = bare(input_ids=ids, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    same_hidden = torch.equal(seen["hidden"].float(), seen["given"].float())
+    return same_hidden and torch.equal(seen["logits"].float(), logits.float())
 
 
 def head_logprobs(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,9 @@
-"""Trains the policy: the base model with a fresh adapter, on pairs that were tokenized and scored before."""
+"""Trains the policy: the base with a fresh adapter, on pairs that were tokenized and scored before."""
 
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from safetensors.torch import load_file
 
 from align.algorithms.pairs import PairData, PairRows
 from align.algorithms.preference_trainer import Policy
@@ -14,12 +13,18 @@ from align.models.adapters import add_lora
 from align.models.load import load_model, load_tokenizer
 from align.named import named_module
 from align.split import is_held_out
+from align.stages.reference import PAIRS, SCORES, load_scores
 from align.stages.settings import TrainStage
 
 
 def run(settings: TrainStage, inputs: dict[str, Path], out: Path) -> None:
-    """Writes adapter/ (plain PEFT), curves.jsonl, metrics.json and reference.json; goes on from checkpoints/."""
-    algorithm = named_module("align.algorithms", settings.algorithm.name, settings.algorithm.module)
+    """Writes adapter/ (plain PEFT), curves.jsonl, metrics.json and reference.json.
+
+    Goes on from checkpoints/. Runs the same in one process or as one of several of
+    `accelerate launch`; only the first writes.
+    """
+    name, module = settings.algorithm.name, settings.algorithm.module
+    algorithm = named_module("align.algorithms", name, module)
     data = split(inputs["reference"], share=settings.algorithm.held_out, seed=settings.seed)
     policy = Policy(
         model=add_lora(load_model(settings.model), settings=settings.adapter, seed=settings.seed),
@@ -35,17 +40,18 @@ def split(folder: Path, *, share: float, seed: int) -> PairData:
     Raises:
         StageError: one side is empty.
     """
-    rows: Any = Dataset.from_file(str(folder / "pairs.arrow"))
-    scores = load_file(folder / "reference.safetensors")
+    rows: Any = Dataset.from_file(str(folder / PAIRS))
+    scores = load_scores(folder / SCORES)
     sides: tuple[list[int], list[int]] = ([], [])
     for i, prompt_id in enumerate(rows["id"]):
         sides[is_held_out(prompt_id, share)].append(i)
     if not all(sides):
         raise StageError(
-            f"algorithm.held_out={share}: leaves {len(sides[0])} pairs to train on and {len(sides[1])} to measure; "
-            "choose another share, or give pairs of more prompts"
+            f"algorithm.held_out={share}: leaves {len(sides[0])} pairs to train on and "
+            f"{len(sides[1])} to measure; choose another share, or give pairs of more prompts"
         )
     train, held_out = (
-        PairRows(rows, chosen=scores["chosen"], rejected=scores["rejected"], indices=side) for side in sides
+        PairRows(rows, chosen=scores.chosen, rejected=scores.rejected, indices=side)
+        for side in sides
     )
     return PairData(train=train, held_out=held_out, seed=seed)

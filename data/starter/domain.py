@@ -136,12 +136,12 @@ def wrong_claim(rng: random.Random, case: Case) -> str:
     made_up = [v for v in VALUES[case.asked, False] if v != case.gold]
     others = [k for k in case.facts if k != case.asked]
     draw = rng.random()
-    if draw < 0.5 or (case.gold is None and draw >= 0.8):
+    if draw < 0.55 or (case.gold is None and draw >= 0.88):
         return fill(rng.choice(answers), rng.choice(made_up))
-    if draw < 0.7:
+    if draw < 0.77:
         other = rng.choice(others)
         return fill(rng.choice(WORDING["kinds"][other]["answers"]), case.facts[other])
-    if draw < 0.8:
+    if draw < 0.88:
         listed = rng.sample(others, 2) + ([case.asked] if case.gold is not None else [])
         rng.shuffle(listed)
         return " ".join(fill(rng.choice(WORDING["kinds"][k]["answers"]), case.facts[k]) for k in listed)

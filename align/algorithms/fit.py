@@ -1,0 +1,249 @@
+"""Trains a policy on pairs from beginning to end: resumes, measures, saves, and keeps the best adapter."""
+
+import math
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from align.algorithms import checkpoints
+from align.algorithms.pairs import PairData, collate_pairs
+from align.algorithms.preference_trainer import Objective, PairLoss, Policy, PreferenceTrainer
+from align.algorithms.settings import PreferenceTraining
+from align.artifacts import write_atomic, write_json
+from align.errors import ConfigError, StageError
+from align.jsonl import dump_line
+from align.progress import progress_bar
+
+OPTIMIZERS = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def fit(
+    policy: Policy,
+    data: PairData,
+    *,
+    results: PairLoss,
+    settings: PreferenceTraining,
+    out: Path,
+    remedy: str,
+) -> None:
+    """Writes adapter/, curves.jsonl, metrics.json and reference.json; goes on from the newest whole checkpoint.
+
+    Raises:
+        StageError: fewer pairs than one batch, or the run collapsed.
+    """
+    check_enough(data, settings)
+    folder = out / "checkpoints"
+    if not folder.exists() and (out / "metrics.json").exists():
+        return  # killed between its last line and the manifest
+    folder.mkdir(exist_ok=True)
+    set_seed(data.seed)
+    conductor = Conductor(folder, settings)
+    trainer = PreferenceTrainer(
+        objective=Objective(
+            results=results,
+            batch_size=settings.batch_size,
+            seed=data.seed,
+            max_drop=settings.max_drop,
+            remedy=remedy,
+        ),
+        model=policy.model,
+        args=arguments(settings, policy, folder, seed=data.seed),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        data_collator=collate_pairs,
+        callbacks=[conductor],
+    )
+    conductor.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if trainer.is_world_process_zero():
+        announce(policy, data, trainer.args, settings)
+        checkpoints.remove_incomplete(folder)
+    trainer.accelerator.wait_for_everyone()
+    train(trainer, conductor, folder)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        close(policy, data, folder, out)
+    trainer.accelerator.wait_for_everyone()
+
+
+def check_enough(data: PairData, settings: PreferenceTraining) -> None:
+    if len(data.train) < settings.batch_size:
+        raise StageError(
+            f"algorithm.batch_size={settings.batch_size}: more than the {len(data.train)} training pairs, so not "
+            f"one step can be made; type algorithm.batch_size={max(1, len(data.train) // 4)}"
+        )
+
+
+def announce(
+    policy: Policy, data: PairData, args: TrainingArguments, settings: PreferenceTraining
+) -> None:
+    """One line on what is trained against which reference, and one where a setting could not be kept."""
+    print(
+        f"{len(data.train)} training pairs, {len(data.held_out)} held out; reference: {policy.reference}",
+        flush=True,
+    )
+    micro = args.per_device_train_batch_size
+    if micro < settings.micro_batch_size:
+        share = micro * args.gradient_accumulation_steps
+        print(
+            f"algorithm.micro_batch_size={settings.micro_batch_size} does not divide the {share} pairs of a "
+            f"process's step; using {micro}",
+            flush=True,
+        )
+
+
+def train(trainer: PreferenceTrainer, conductor: "Conductor", folder: Path) -> None:
+    """From the newest whole checkpoint to the last step, unless it is the last step's."""
+    newest = checkpoints.newest(folder)
+    if newest is not None and checkpoints.step_of(newest) >= total_steps(trainer):
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    finally:
+        conductor.close()
+
+
+def total_steps(trainer: PreferenceTrainer) -> int:
+    """As Trainer counts them."""
+    steps = len(trainer._get_train_sampler()) // trainer.objective.batch_size
+    return math.ceil(trainer.args.num_train_epochs * steps)
+
+
+def micro_batch(settings: PreferenceTraining, processes: int) -> int:
+    """Pairs per forward pass: the largest divisor of a process's share that is at most the configured one.
+
+    Raises:
+        ConfigError: the global batch cannot be shared evenly.
+    """
+    share, rest = divmod(settings.batch_size, processes)
+    if rest or not share:
+        raise ConfigError(
+            f"algorithm.batch_size={settings.batch_size}: cannot be shared evenly among {processes} processes; "
+            f"type algorithm.batch_size={processes * (share + 1)}"
+        )
+    return max(m for m in range(1, min(share, settings.micro_batch_size) + 1) if share % m == 0)
+
+
+def arguments(
+    settings: PreferenceTraining, policy: Policy, folder: Path, *, seed: int
+) -> TrainingArguments:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = micro_batch(settings, processes)
+    cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=settings.batch_size // processes // micro,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup,  # below 1: a share of all steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=OPTIMIZERS[settings.optimizer],
+        **recomputation(settings.gradient_checkpointing),
+        bf16=not cpu and policy.model.dtype == torch.bfloat16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # check_health must see them
+        save_strategy="no",  # the conductor says when
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=[],
+        seed=seed,
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and processes > 1 else None,
+        ddp_find_unused_parameters=False if processes > 1 else None,
+        dataloader_pin_memory=not cpu,
+    )
+
+
+def recomputation(wanted: bool) -> dict[str, Any]:
+    """Gradient checkpointing under the name that the installed transformers has for it."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation" if "activation_checkpointing" in known else "gradient"
+    if not wanted:
+        return {}
+    return {
+        f"{name}_checkpointing": True,
+        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
+    }
+
+
+class Conductor(TrainerCallback):
+    """Says when to measure and save, marks whole checkpoints, keeps the newest and the best, and shows progress."""
+
+    def __init__(self, folder: Path, settings: PreferenceTraining) -> None:
+        self.folder, self.settings = folder, settings
+        self.trainer: PreferenceTrainer | None = None
+        self.due: set[int] = set()
+        self.shown = ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parts = self.settings.evaluations
+        self.due = {max(1, round(state.max_steps * i / parts)) for i in range(1, parts + 1)}
+        if state.is_world_process_zero:
+            bar = progress_bar("train", state.max_steps, unit="pairs", done=state.global_step)
+            self.advance = self.shown.enter_context(bar)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = control.should_save = state.global_step in self.due
+        if state.is_world_process_zero:
+            self.advance(1, self.settings.batch_size)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        self.trainer.accelerator.wait_for_everyone()  # every process's random state is on disk
+        if state.is_world_process_zero:
+            checkpoints.mark_complete(checkpoints.checkpoint(self.folder, state.global_step))
+            best = int(checkpoints.best(state.log_history)["step"])
+            checkpoints.keep_only(self.folder, {best, state.global_step})
+
+    def close(self) -> None:
+        self.shown.close()
+
+
+def close(policy: Policy, data: PairData, folder: Path, out: Path) -> None:
+    """The best checkpoint's adapter, curves and metrics; then the checkpoints go.
+
+    Everything is read from the last checkpoint, so that a run that was killed here ends like one that was not.
+    """
+    newest = checkpoints.newest(folder)
+    assert newest is not None, "the last step is always saved"
+    logged = checkpoints.history(newest)
+    best = checkpoints.best(logged)
+    checkpoints.export_adapter(checkpoints.checkpoint(folder, best["step"]), out / "adapter")
+    write_atomic(out / "curves.jsonl", b"".join(dump_line(line) for line in logged).decode())
+    write_json(out / "reference.json", {"reference": policy.reference})
+    write_json(
+        out / "metrics.json",
+        {
+            "train/best_step": best["step"],
+            "train/held_out_accuracy": best["eval_accuracy"],
+            "train/held_out_loss": best["eval_loss"],
+            "train/held_out_margin": best["eval_reward_margin"],
+            "train/held_out_pairs": len(data.held_out),
+            "train/pairs": len(data.train),
+            "train/steps": checkpoints.step_of(newest),
+        },
+    )
+    # Renamed first: a folder that stands under this name is always whole.
+    gone = folder.with_name(".checkpoints.done")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)

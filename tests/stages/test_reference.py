@@ -1,0 +1,110 @@
+"""The reference is the base model's own opinion, cached once, whatever interrupts it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from align.errors import DataError
+from align.models.adapters import add_lora, without_adapter
+from align.models.load import load_model
+from align.models.settings import Model
+from align.stages import reference
+from tests.stages.pairs import LORA, reference_stage, write_preferences
+
+
+def run(model: Model, out: Path, *, max_length: int | None = None, **plenty: int) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    preferences = write_preferences(out.parent / "preferences", **plenty)
+    reference.run(reference_stage(model, max_length=max_length), {"preferences": preferences}, out)
+    return out
+
+
+def rows(out: Path) -> Any:
+    return Dataset.from_file(str(out / "pairs.arrow"))
+
+
+def test_the_cache_holds_what_the_policy_says_with_its_adapter_off(
+    tiny_nf4: Model, tmp_path: Path
+) -> None:
+    out = run(tiny_nf4, tmp_path / "reference", prompts=5)
+    scores = load_file(out / "reference.safetensors")
+    policy = add_lora(load_model(tiny_nf4), settings=LORA, seed=0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    for i, row in enumerate(rows(out)):
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+            with torch.no_grad(), without_adapter(policy):
+                table = policy(input_ids=ids).logits[0].log_softmax(-1)
+            first = len(row["prompt_ids"])
+            alone = sum(table[t - 1, ids[0, t]] for t in range(first, ids.shape[1]))
+            assert scores[side][i].item() == pytest.approx(float(alone), rel=1e-4, abs=1e-3)
+
+
+def test_rows_stand_in_the_order_of_the_preferences(tiny: Model, tmp_path: Path) -> None:
+    out = run(tiny, tmp_path / "reference")
+    assert rows(out)["id"][:] == [f"p{i}" for i in range(16) for _ in range(2)]
+    counts = json.loads((out / "counts.json").read_text())
+    assert counts["pairs"] == 32 and counts["prompts_cut"] == counts["completions_cut"] == 0
+    assert counts["reference"] == "base model, adapter off"
+    assert sorted(p.name for p in out.iterdir()) == ["counts.json", "pairs.arrow", "reference.safetensors"]
+
+
+def test_cuts_are_counted(tiny: Model, tmp_path: Path) -> None:
+    out = run(tiny, tmp_path / "reference", max_length=20)
+    counts = json.loads((out / "counts.json").read_text())
+    assert counts["prompts_cut"] > 0 and counts["completions_cut"] > 0
+    assert all(length <= 20 for length in rows(out)["length"])
+
+
+class Killed(BaseException):
+    """As sudden as SIGKILL, but within this process."""
+
+
+def test_a_killed_scoring_goes_on_and_ends_the_same(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "CHUNK_BATCHES", 1)
+    monkeypatch.setattr(reference, "default_budget", lambda device: 200)
+    whole = run(tiny, tmp_path / "a" / "reference")
+    scored: list[Sequence[Sequence[int]]] = []
+    real = reference.score_chunk
+
+    def dying(model: Any, rows: Any, chunk: Sequence[Sequence[int]]) -> reference.Scores:
+        if len(scored) == 3:
+            raise Killed
+        scored.append(chunk)
+        return real(model, rows, chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "score_chunk", dying)
+        with pytest.raises(Killed):
+            run(tiny, tmp_path / "b" / "reference")
+    again: list[Sequence[Sequence[int]]] = []
+
+    def counting(model: Any, rows: Any, chunk: Sequence[Sequence[int]]) -> reference.Scores:
+        again.append(chunk)
+        return real(model, rows, chunk)
+
+    monkeypatch.setattr(reference, "score_chunk", counting)
+    resumed = run(tiny, tmp_path / "b" / "reference")
+    assert len(scored) == 3 and again and not [chunk for chunk in again if chunk in scored]
+    for name in ("pairs.arrow", "reference.safetensors", "counts.json"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_no_preferences_are_an_error(tiny: Model, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not one preference"):
+        run(tiny, tmp_path / "reference", prompts=0)
+
+
+def test_a_prompt_that_cannot_fit_is_named(tiny: Model, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"preferences\.jsonl: id 'p0': .*data\.max_length"):
+        run(tiny, tmp_path / "reference", max_length=4)
