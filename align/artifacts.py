@@ -1,8 +1,8 @@
 """What stages leave behind: fingerprints, manifests written last, locks, and the run's folder.
 
-    <workspace>/artifacts/<stage>/<fingerprint>/   an artifact; finished when its manifest.json exists
-    <workspace>/<name>/<fingerprint8>/             a run; links to its artifacts
-    <workspace>/<name>/latest                      the newest run of that name
+<workspace>/artifacts/<stage>/<fingerprint>/   an artifact; finished when its manifest.json exists
+<workspace>/<name>/<fingerprint8>/             a run; links to its artifacts
+<workspace>/<name>/latest                      the newest run of that name
 """
 
 import fcntl
@@ -23,11 +23,22 @@ from align.errors import StageError
 from align.jsonl import repair
 
 MANIFEST = "manifest.json"
-PACKAGES = ("align", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+PACKAGES = (
+    "align",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+)
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces. Floats print as Python's shortest round trip."""
+    """The one JSON text of a value: sorted keys, no spaces. Floats print as Python's shortest round
+    trip.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -64,7 +75,9 @@ def read_json(path: Path) -> Any:
 
 
 class HashCache:
-    """Content hashes of source files and local models; a file is read again only when its size or mtime moved."""
+    """Content hashes of source files and local models; a file is read again only when its size or
+    mtime moved.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,7 +87,9 @@ class HashCache:
         """SHA-256 of a file, or of the names and hashes of all files below a folder."""
         if path.is_file():
             return self.file(path)
-        return fingerprint({p.relative_to(path).as_posix(): self.file(p) for p in files_below(path)})
+        return fingerprint(
+            {p.relative_to(path).as_posix(): self.file(p) for p in files_below(path)}
+        )
 
     def file(self, path: Path) -> str:
         stat = path.stat()
@@ -118,10 +133,14 @@ class Artifact:
 
     def content(self) -> str:
         """Hash of what the files say, wherever they came from."""
-        return fingerprint({name: entry["sha256"] for name, entry in self.manifest["files"].items()})
+        return fingerprint(
+            {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        )
 
     def damage(self, *, verify: bool) -> str | None:
-        """What differs from the manifest: a sentence, or None. Re-hashes where size or mtime moved, or with `verify`."""
+        """What differs from the manifest: a sentence, or None. Re-hashes where size or mtime moved,
+        or with `verify`.
+        """
         for name, entry in self.manifest["files"].items():
             file = self.path / name
             if not file.is_file():
@@ -150,7 +169,9 @@ class Artifact:
         return False
 
     def finish(self, *, body: Mapping[str, Any], duration_s: float, cost_usd: float) -> None:
-        """Writes the manifest, last of all, so that a killed stage is never taken for a finished one."""
+        """Writes the manifest, last of all, so that a killed stage is never taken for a finished
+        one.
+        """
         files = {}
         for file in files_below(self.path):
             stat = file.stat()
@@ -201,7 +222,9 @@ def git_commit() -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """`<workspace>/<name>/<fingerprint8>`: what one command made, by links, with its events and metrics."""
+    """`<workspace>/<name>/<fingerprint8>`: what one command made, by links, with its events and
+    metrics.
+    """
 
     workspace: Path
     name: str
@@ -212,7 +235,9 @@ class Run:
         return self.workspace / self.name / self.fingerprint[:8]
 
     def artifact(self, stage: str, digest: str) -> Artifact:
-        return Artifact(stage=stage, fingerprint=digest, path=self.workspace / "artifacts" / stage / digest)
+        return Artifact(
+            stage=stage, fingerprint=digest, path=self.workspace / "artifacts" / stage / digest
+        )
 
     def open(self, config: str) -> None:
         """Makes the folder, writes the config and points `latest` here.
@@ -227,7 +252,8 @@ class Run:
             self.link(self.path.with_name("latest"), self.path)
         except OSError as error:
             raise StageError(
-                f"workspace={self.workspace}: cannot write there ({error.strerror}); give another workspace=DIR"
+                f"workspace={self.workspace}: cannot write there ({error.strerror}); give another "
+                "workspace=DIR"
             ) from error
 
     def link(self, link: Path, target: Path) -> None:

@@ -1,4 +1,6 @@
-"""`python -m align.chat run=NAME`: asks the model before and after its training the same thing, side by side."""
+"""`python -m align.chat run=NAME`: asks the model before and after its training the same thing,
+side by side.
+"""
 
 import json
 import random
@@ -21,7 +23,10 @@ from align.models.settings import Model
 from align.records import Message, Prompt
 from align.samplers.settings import Hf
 
-HELP = "Type a question. /example: a held-out prompt. /reset: forget the conversation. /quit (or Ctrl-D): leave."
+HELP = (
+    "Type a question. /example: a held-out prompt. /reset: forget the conversation. /quit (or "
+    "Ctrl-D): leave."
+)
 DEFAULTS: Mapping[str, Any] = {
     "run": None,
     "workspace": "runs",
@@ -58,7 +63,9 @@ def parse(words: list[str]) -> Settings:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in DEFAULTS:
-            raise ConfigError(f"{word}: no such setting{did_you_mean(key, DEFAULTS)} ({', '.join(DEFAULTS)})")
+            raise ConfigError(
+                f"{word}: no such setting{did_you_mean(key, DEFAULTS)} ({', '.join(DEFAULTS)})"
+            )
         kind = type(DEFAULTS[key]) if DEFAULTS[key] is not None else str
         try:
             values[key] = kind(value)
@@ -70,7 +77,8 @@ def parse(words: list[str]) -> Settings:
     if not (settings.folder / "adapter").is_dir():
         known = [path.parent.name for path in Path(settings.workspace).glob("*/latest")]
         raise ConfigError(
-            f"run={settings.run}: no trained adapter in {settings.folder}{did_you_mean(settings.run, known)}"
+            f"run={settings.run}: no trained adapter in "
+            f"{settings.folder}{did_you_mean(settings.run, known)}"
             f" (runs there: {', '.join(sorted(known)) or 'none'})"
         )
     return settings
@@ -116,7 +124,8 @@ class Chat:
             old = self.answer(self.before)
         new = self.answer(self.after)
         self.turn += 1
-        # Text, not markup: what a model says must not be read as instructions to the terminal's formatter.
+        # Text, not markup: what a model says must not be read as instructions to the terminal's
+        # formatter.
         width = max(20, min(72, self.console.width // 2 - 1))
         panels = [
             Panel(Text(visible(text)), title=title, width=width)
@@ -130,7 +139,12 @@ class Chat:
         prompt = Prompt(id=f"chat-{self.turn}", messages=tuple(messages))
         layout = lay_out(self.model, self.tokenizer, [prompt], settings=self.sampler)
         batches = sample(
-            self.model, self.tokenizer, [prompt], layout=layout, settings=self.sampler, seed=self.settings.seed
+            self.model,
+            self.tokenizer,
+            [prompt],
+            layout=layout,
+            settings=self.sampler,
+            seed=self.settings.seed,
         )
         text = next(iter(batches))[0].responses[0].text
         messages.append(Message(role="assistant", content=text))
@@ -140,13 +154,18 @@ class Chat:
         """The question of one of the run's held-out prompts."""
         path = self.config["data"].get("test_path")
         if path is None or not Path(path).is_file():
-            raise DataError("the run has no file of held-out prompts (data.test_path); type a question of your own")
+            raise DataError(
+                "the run has no file of held-out prompts (data.test_path); type a question of "
+                "your own"
+            )
         prompts = IndexedRecords(Path(path), Prompt.from_json)
         return str(random.choice(prompts).messages[-1].content)
 
 
 def visible(text: str) -> str:
-    """Control characters as their escapes, so that no answer can move the cursor or set the window's title."""
+    """Control characters as their escapes, so that no answer can move the cursor or set the
+    window's title.
+    """
     return "".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 

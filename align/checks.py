@@ -1,4 +1,6 @@
-"""Range checks for settings: each raises a `ConfigError` that says what was given and what would work."""
+"""Range checks for settings: each raises a `ConfigError` that says what was given and what would
+work.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,9 @@
-"""The door: turns the composed configuration into checked dataclasses. Besides run.py the only place that knows OmegaConf.
+"""The door: turns the composed configuration into checked dataclasses. Besides run.py the only
+place that knows OmegaConf.
 
-A node with a `name` is read by the dataclass of that name (`dpo` → `Dpo`) in its room's settings.py, or by
-`Settings` of the user's own `module`. Values come from YAML alone, so a default lives once.
+A node with a `name` is read by the dataclass of that name (`dpo` → `Dpo`) in its room's
+settings.py, or by `Settings` of the user's own `module`. Values come from YAML alone, so a default
+lives once.
 """
 
 import dataclasses
@@ -42,7 +44,9 @@ STARTER = shipped("starter", "data/starter")
 
 
 def register_resolvers() -> None:
-    """`${starter:FILE}` is the path of a file of the starter kit, wherever the package is installed."""
+    """`${starter:FILE}` is the path of a file of the starter kit, wherever the package is
+    installed.
+    """
     OmegaConf.register_new_resolver("starter", lambda file: str(STARTER / file), replace=True)
 
 
@@ -90,7 +94,9 @@ class Config:
         for stage in self.stages:
             check_choice("stages", stage, STAGES)
         if self.name in (".", "..", "artifacts") or "/" in self.name or not self.name.strip():
-            raise ConfigError(f"name={self.name}: must be a folder name of its own; type name=my-run")
+            raise ConfigError(
+                f"name={self.name}: must be a folder name of its own; type name=my-run"
+            )
         check_range("seed", self.seed, low=0, high=2**31 - 1)
 
 
@@ -145,7 +151,9 @@ def build(cls: type[Any], node: Mapping[str, Any], prefix: str) -> Any:
     for key in node:
         if key not in known:
             full = [f"{prefix}{name}" for name in known]
-            raise ConfigError(f"{prefix}{key}: no such setting{did_you_mean(f'{prefix}{key}', full)}")
+            raise ConfigError(
+                f"{prefix}{key}: no such setting{did_you_mean(f'{prefix}{key}', full)}"
+            )
     missing = [key for key in known if key not in node]
     if missing:
         raise ConfigError(f"{prefix}{missing[0]} has no value; type {prefix}{missing[0]}=VALUE")
@@ -157,7 +165,9 @@ def convert(key: str, hint: Any, value: Any) -> Any:
         return build_named(key, hint, value)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}={value}: is a group of settings, not a value; type {key}.SETTING=VALUE")
+            raise ConfigError(
+                f"{key}={value}: is a group of settings, not a value; type {key}.SETTING=VALUE"
+            )
         return build(typing.cast(type[Any], hint), value, f"{key}.")
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))
@@ -170,7 +180,9 @@ def convert(key: str, hint: Any, value: Any) -> Any:
 def build_named(key: str, hint: Any, node: Any) -> Any:
     """The dataclass that reads one group's node; None for a judge called none."""
     if not isinstance(node, Mapping):
-        raise ConfigError(f"{key}={node}: is a group, not a value; type {key}=NAME with a file of conf/{key}/")
+        raise ConfigError(
+            f"{key}={node}: is a group, not a value; type {key}=NAME with a file of conf/{key}/"
+        )
     if key in ("model", "adapter"):
         return build(hint, node, f"{key}.")
     name, module = node.get("name"), node.get("module")
@@ -180,7 +192,9 @@ def build_named(key: str, hint: Any, node: Any) -> Any:
 
 
 def settings_class(room: str, name: str, module: str | None, key: str) -> type[Any]:
-    """The dataclass of a name: `Settings` of the user's module, else `<Name>` in the room's settings."""
+    """The dataclass of a name: `Settings` of the user's module, else `<Name>` in the room's
+    settings.
+    """
     if module is not None:
         try:
             return typing.cast(type[Any], importlib.import_module(module).Settings)
@@ -189,9 +203,13 @@ def settings_class(room: str, name: str, module: str | None, key: str) -> type[A
                 f"{key}.module={module}: cannot be imported ({error}); put its folder on PYTHONPATH"
             ) from error
         except AttributeError as error:
-            raise ConfigError(f"{key}.module={module}: has no dataclass called Settings; add one") from error
+            raise ConfigError(
+                f"{key}.module={module}: has no dataclass called Settings; add one"
+            ) from error
     settings = importlib.import_module(f"{room}.settings")
     found = getattr(settings, name.title().replace("_", ""), None)
     if found is None:
-        raise ConfigError(f"{key}.name={name}: nothing of that name in {room}; set {key}.module for your own")
+        raise ConfigError(
+            f"{key}.name={name}: nothing of that name in {room}; set {key}.module for your own"
+        )
     return typing.cast(type[Any], found)

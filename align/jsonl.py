@@ -1,7 +1,8 @@
-"""JSONL shards: append-only writing with torn-line repair, reading with file and line in every error.
+"""JSONL shards: append-only writing with torn-line repair, reading with file and line in every
+error.
 
-Own code rather than `datasets`: its JSON reader infers one schema for all lines, which fills every row's free
-`meta` with the keys of all the others.
+Own code rather than `datasets`: its JSON reader infers one schema for all lines, which fills every
+row's free `meta` with the keys of all the others.
 """
 
 import json
@@ -33,9 +34,13 @@ def parse_line(raw: bytes, *, path: Path, number: int) -> dict[str, Any]:
     try:
         line = json.loads(raw)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}:{number}: not a line of JSON ({error}); mend or remove the line") from error
+        raise DataError(
+            f"{path}:{number}: not a line of JSON ({error}); mend or remove the line"
+        ) from error
     if not isinstance(line, dict):
-        raise DataError(f"{path}:{number}: a JSON {type(line).__name__}, not an object {{…}}; one record a line")
+        raise DataError(
+            f"{path}:{number}: a JSON {type(line).__name__}, not an object {{…}}; one record a line"
+        )
     return line
 
 
@@ -89,12 +94,14 @@ class IndexedRecords(Sequence[T], Generic[T]):
 
 
 def dump_line(record: Mapping[str, Any]) -> bytes:
-    # ensure_ascii: a lone surrogate or U+2028 in a model's text can then neither break a line nor the encoding
+    # ensure_ascii: a lone surrogate or U+2028 in a model's text can then neither break a line nor
+    # the encoding
     return json.dumps(record, ensure_ascii=True, separators=(", ", ": ")).encode() + b"\n"
 
 
 class JsonlAppender:
-    """Appends records durably. Opening it cuts a half-written last line off, and `lines` counts what stands.
+    """Appends records durably. Opening it cuts a half-written last line off, and `lines` counts
+    what stands.
 
     Example: `with JsonlAppender(path) as out: out.append([{"id": "1"}])`
     """
@@ -116,7 +123,10 @@ class JsonlAppender:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.file.close()
 

@@ -40,7 +40,9 @@ def wanted_processes(launch: Launch) -> int:
 
 
 def set_threads(threads: int) -> None:
-    """One number for every thread pool, so that a result does not depend on the shell's environment."""
+    """One number for every thread pool, so that a result does not depend on the shell's
+    environment.
+    """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:
         import torch
@@ -78,7 +80,8 @@ def spawn(
         raise
     if status != 0:
         raise StageError(
-            f"{step.name}: accelerate's processes ended with status {status}; the lines above say why. "
+            f"{step.name}: accelerate's processes ended with status {status}; the lines above say "
+            "why. "
             "What is finished is kept, the same command goes on"
         )
 
@@ -87,7 +90,11 @@ def accelerate_command(launch: Launch, processes: int) -> list[str]:
     import torch
 
     command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
-    command += ["--num_machines=1", f"--mixed_precision={launch.mixed_precision}", "--dynamo_backend=no"]
+    command += [
+        "--num_machines=1",
+        f"--mixed_precision={launch.mixed_precision}",
+        "--dynamo_backend=no",
+    ]
     command += [f"--main_process_port={free_port()}"]
     if not torch.cuda.is_available():
         command.append("--cpu")

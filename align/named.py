@@ -1,4 +1,6 @@
-"""A name on the command line is the module of that name in its room; code from outside is named by `module:`."""
+"""A name on the command line is the module of that name in its room; code from outside is named by
+`module:`.
+"""
 
 import importlib
 from types import ModuleType

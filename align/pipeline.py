@@ -1,4 +1,6 @@
-"""Runs the steps of a plan: reuses what is finished, resumes what is not, and keeps the run's folder up to date."""
+"""Runs the steps of a plan: reuses what is finished, resumes what is not, and keeps the run's
+folder up to date.
+"""
 
 import shlex
 import shutil
@@ -68,7 +70,9 @@ def identity(step: Step, hashes: HashCache) -> dict[str, Any]:
     }
 
 
-def make(step: Step, shaped: dict[str, Any], made: dict[str, Artifact], run: Run, config: Config) -> bool:
+def make(
+    step: Step, shaped: dict[str, Any], made: dict[str, Artifact], run: Run, config: Config
+) -> bool:
     """Brings one step's artifact about; False when it stood there already."""
     contents = {name: made[source].content() for name, source in step.inputs.items()}
     body = {**shaped, "inputs": contents}
@@ -109,10 +113,15 @@ def work(
         cost = float(read_json(counts).get("cost_usd", 0.0)) if counts.exists() else 0.0
         artifact.finish(body=body, duration_s=time.monotonic() - started, cost_usd=cost)
     except Exception as error:
-        run.event("failed", step=step.name, error=str(error).splitlines()[0] if str(error) else repr(error))
+        run.event(
+            "failed",
+            step=step.name,
+            error=str(error).splitlines()[0] if str(error) else repr(error),
+        )
         if "No space left" in str(error) or shutil.disk_usage(artifact.path).free < 1 << 20:
             raise StageError(
-                f"{step.name}: no space left below {run.workspace}; free some, then the same command goes on"
+                f"{step.name}: no space left below {run.workspace}; free some, then the same "
+                "command goes on"
             ) from error
         raise
     seconds = time.monotonic() - started
@@ -138,4 +147,7 @@ def closing(run: Run, made: dict[str, Artifact], *, anything: bool) -> None:
     if "report" in made:
         print((made["report"].path / "verdict.txt").read_text(encoding="utf-8").strip())
         print(f"report: {latest / 'report.html'}")
-        print(f"try it: python -m align.chat run={run.name} workspace={shlex.quote(str(run.workspace))}")
+        print(
+            f"try it: python -m align.chat run={run.name} "
+            f"workspace={shlex.quote(str(run.workspace))}"
+        )

@@ -1,4 +1,6 @@
-"""What a run consists of: from the configuration to an ordered list of steps, checked before anything starts."""
+"""What a run consists of: from the configuration to an ordered list of steps, checked before
+anything starts.
+"""
 
 import importlib.util
 from collections.abc import Mapping
@@ -28,9 +30,11 @@ from align.stages.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One stage at work: `name` is what it makes, `stage` the module that makes it, `inputs` what it makes it from.
+    """One stage at work: `name` is what it makes, `stage` the module that makes it, `inputs` what
+    it makes it from.
 
-    `links` are the files that the run's folder shows of it; `distributed` steps may run on several processes.
+    `links` are the files that the run's folder shows of it; `distributed` steps may run on several
+    processes.
     """
 
     name: str
@@ -84,7 +88,9 @@ def labelling(config: Config) -> Step:
     if "generate" not in config.stages:
         raise ConfigError(f"stages={shown(config)}: label needs candidates; add generate before it")
     if config.judge is None:
-        raise ConfigError("judge=none: label needs a judge; type judge=NAME, or judge.module=… for your own")
+        raise ConfigError(
+            "judge=none: label needs a judge; type judge=NAME, or judge.module=… for your own"
+        )
     return Step(
         name="preferences",
         stage="label",
@@ -95,7 +101,9 @@ def labelling(config: Config) -> Step:
 
 
 def training(config: Config) -> list[Step]:
-    needs: Needs = named_module("align.algorithms", config.algorithm.name, config.algorithm.module).NEEDS
+    needs: Needs = named_module(
+        "align.algorithms", config.algorithm.name, config.algorithm.module
+    ).NEEDS
     steps = []
     if "label" not in config.stages:
         provides = named_module("align.sources", config.data.name, config.data.module).PROVIDES
@@ -103,13 +111,17 @@ def training(config: Config) -> list[Step]:
             raise ConfigError(
                 f"stages={shown(config)}: algorithm={config.algorithm.name} needs "
                 f"{needs.records.__name__.lower()}s, and data={config.data.name} gives "
-                f"{provides.__name__.lower()}s; add generate and label to stages, or type data=preferences"
+                f"{provides.__name__.lower()}s; add generate and label to stages, or type "
+                "data=preferences"
             )
         read = ReadStage(source=config.data, test=False, limit=config.data.limit)
-        steps.append(Step(name="preferences", stage="read", settings=read, links=("preferences.jsonl",)))
+        steps.append(
+            Step(name="preferences", stage="read", settings=read, links=("preferences.jsonl",))
+        )
     elif needs.records is not Preference:
         raise ConfigError(
-            f"algorithm={config.algorithm.name} needs {needs.records.__name__.lower()}s, and label makes "
+            f"algorithm={config.algorithm.name} needs {needs.records.__name__.lower()}s, and "
+            "label makes "
             "preferences; choose an algorithm that trains on preferences"
         )
     reference = ReferenceStage(
@@ -135,12 +147,17 @@ def training(config: Config) -> list[Step]:
 
 def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
     if "train" not in config.stages:
-        raise ConfigError(f"stages={shown(config)}: evaluate measures what train made; add train before it")
+        raise ConfigError(
+            f"stages={shown(config)}: evaluate measures what train made; add train before it"
+        )
     held_out = config.algorithm.held_out
     if config.data.test_path is None:
         hold_out = HoldOutStage(share=held_out, limit=config.evaluate.limit)
         test = Step(
-            name="test_prompts", stage="hold_out", settings=hold_out, inputs={"preferences": "preferences"}
+            name="test_prompts",
+            stage="hold_out",
+            settings=hold_out,
+            inputs={"preferences": "preferences"},
         )
     else:
         read = ReadStage(source=config.data, test=True, limit=config.evaluate.limit)
@@ -163,10 +180,20 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
         precision_samples=config.evaluate.precision_samples,
         seed=config.seed,
     )
-    # An evaluation judge that is the labeller's own must be told from an independent one, so its name goes along.
+    # An evaluation judge that is the labeller's own must be told from an independent one, so its
+    # name goes along.
     label_judge = getattr(config.judge, "name", "") if "label" in config.stages else ""
     made = ["prompts", "candidates"] if "generate" in config.stages else []
-    everything = [*made, "preferences", "reference", "train", "test_prompts", "before", "after", "evaluate"]
+    everything = [
+        *made,
+        "preferences",
+        "reference",
+        "train",
+        "test_prompts",
+        "before",
+        "after",
+        "evaluate",
+    ]
     return [
         test,
         Step(name="before", stage="generate", settings=sample, inputs={"prompts": "test_prompts"}),
@@ -185,7 +212,9 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
         Step(
             name="report",
             stage="report",
-            settings=ReportStage(name=config.name, label_judge=label_judge, config=yaml, command=command),
+            settings=ReportStage(
+                name=config.name, label_judge=label_judge, config=yaml, command=command
+            ),
             inputs={name: name for name in everything},
             links=("report.html", "adapter"),
         ),
@@ -197,7 +226,9 @@ def shown(config: Config) -> str:
 
 
 def shape(value: Any, hashes: HashCache) -> Any:
-    """What of a step's settings shapes its output, as plain values: paths become the hashes of what they hold."""
+    """What of a step's settings shapes its output, as plain values: paths become the hashes of what
+    they hold.
+    """
     if isinstance(value, Model):
         known = {f.name: shape(getattr(value, f.name), hashes) for f in fields(value)}
         if Path(value.name).is_dir():
@@ -213,7 +244,9 @@ def shape(value: Any, hashes: HashCache) -> Any:
                 shaping[f.name] = hashes.content(Path(part))
             elif f.name == "module" and part is not None:
                 spec = importlib.util.find_spec(part)
-                shaping[f.name] = hashes.content(Path(spec.origin)) if spec and spec.origin else part
+                shaping[f.name] = (
+                    hashes.content(Path(spec.origin)) if spec and spec.origin else part
+                )
             elif mark != "ignore":
                 shaping[f.name] = shape(part, hashes)
         return shaping

@@ -1,4 +1,6 @@
-"""One progress bar for all long work: rate and eta on a terminal, a line now and then in a log file."""
+"""One progress bar for all long work: rate and eta on a terminal, a line now and then in a log
+file.
+"""
 
 import sys
 import time
@@ -12,8 +14,11 @@ LOG_EVERY_S = 15.0
 
 
 @contextmanager
-def progress_bar(title: str, total: int, *, unit: str, done: int = 0) -> Iterator[Callable[[int, int], None]]:
-    """Yields `advance(steps, units)`: steps move the bar towards `total`, units are what the rate counts.
+def progress_bar(
+    title: str, total: int, *, unit: str, done: int = 0
+) -> Iterator[Callable[[int, int], None]]:
+    """Yields `advance(steps, units)`: steps move the bar towards `total`, units are what the rate
+    counts.
 
     Example: `with progress_bar("generate", 300, unit="tokens") as advance: advance(1, 57)`
     """
@@ -37,9 +42,13 @@ def progress_bar(title: str, total: int, *, unit: str, done: int = 0) -> Iterato
             nonlocal units, steps, last
             steps, units = steps + new_steps, units + new_units
             bar.update(task, advance=new_steps, rate=rate())
-            if not console.is_terminal and (steps >= total or time.monotonic() - last > LOG_EVERY_S):
+            if not console.is_terminal and (
+                steps >= total or time.monotonic() - last > LOG_EVERY_S
+            ):
                 last = time.monotonic()
                 left = (last - started) / max(steps - done, 1) * (total - steps)
-                console.print(f"{title}: {steps}/{total}, {rate()}, {left:.0f} s left", highlight=False)
+                console.print(
+                    f"{title}: {steps}/{total}, {rate()}, {left:.0f} s left", highlight=False
+                )
 
         yield advance

@@ -1,4 +1,6 @@
-"""What each process of `accelerate launch` runs: one step of a run whose configuration is frozen. No Hydra here."""
+"""What each process of `accelerate launch` runs: one step of a run whose configuration is frozen.
+No Hydra here.
+"""
 
 import logging
 import sys

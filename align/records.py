@@ -37,13 +37,17 @@ def read_messages(line: Mapping[str, Any]) -> tuple[Message, ...]:
     if turns is None and isinstance(line.get("prompt"), list):
         turns = line["prompt"]
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise DataError('no "messages" (a non-empty list of {"role", "content"}) and no "prompt" string')
+        raise DataError(
+            'no "messages" (a non-empty list of {"role", "content"}) and no "prompt" string'
+        )
     messages = []
     for turn in turns:
         role = turn.get("role") if isinstance(turn, Mapping) else None
         content = turn.get("content") if isinstance(turn, Mapping) else None
         if role not in ROLES or not isinstance(content, str):
-            raise DataError(f'a message needs "role" (one of {", ".join(ROLES)}) and "content" (a string)')
+            raise DataError(
+                f'a message needs "role" (one of {", ".join(ROLES)}) and "content" (a string)'
+            )
         messages.append(Message(role=role, content=content))
     if not messages[-1].content.strip():
         raise DataError("the prompt is empty")
@@ -84,7 +88,11 @@ class Record:
         return cls(**cls._shared(line, number))
 
     def to_json(self) -> dict[str, Any]:
-        body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("messages", "meta")}
+        body = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("messages", "meta")
+        }
         return {
             "v": VERSION,
             "id": body.pop("id"),
@@ -191,10 +199,13 @@ class Verdict:
 
     Attributes:
         status: only "ok" and "tie" may become training data.
-        p_first: probability that the first answer is better, over both orders; None unless ok or tie.
+        p_first: probability that the first answer is better, over both orders; None unless ok or
+            tie.
         consistent: both orders agreed.
-        margin: how much better the preferred one is on the judge's own scale, None where it has none.
-        scores: the judge's named marks for (first, second), for the report; empty where it has none.
+        margin: how much better the preferred one is on the judge's own scale, None where it has
+            none.
+        scores: the judge's named marks for (first, second), for the report; empty where it has
+            none.
         cost: in US dollars; `tokens`: read and written by the judge.
     """
 
@@ -229,7 +240,8 @@ class Preference(Record):
         p: probability that chosen is better, 0.5 to 1; 0.5 is a tie.
         margin: on the judge's scale, or None.
 
-    Example: `{"id": "7", "messages": […], "chosen": "12 days.", "rejected": "3 days.", "p": 1.0, "margin": null}`
+    Example: `{"id": "7", "messages": […], "chosen": "12 days.", "rejected": "3 days.", "p": 1.0,
+    "margin": null}`
     """
 
     chosen: str
@@ -260,4 +272,6 @@ class Preference(Record):
     def swap(self) -> Self:
         """The preference told from the other side: p becomes 1 - p (so it may leave 0.5 to 1)."""
         margin = None if self.margin is None else -self.margin
-        return replace(self, chosen=self.rejected, rejected=self.chosen, p=1 - self.p, margin=margin)
+        return replace(
+            self, chosen=self.rejected, rejected=self.chosen, p=1 - self.p, margin=margin
+        )

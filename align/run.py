@@ -1,4 +1,6 @@
-"""`python -m align.run recipe=dpo`: composes the configuration, checks it and runs the pipeline. Imports no torch."""
+"""`python -m align.run recipe=dpo`: composes the configuration, checks it and runs the pipeline.
+Imports no torch.
+"""
 
 import os
 import shlex
@@ -6,7 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# Hydra prints its own multi-line errors and exits unless this is set; then they reach `one_line` below.
+# Hydra prints its own multi-line errors and exits unless this is set; then they reach `one_line`
+# below.
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 import hydra
@@ -31,7 +34,8 @@ def refuse_ranks() -> None:
     """
     if all(variable in os.environ for variable in RANK_VARIABLES):
         raise ConfigError(
-            "started under torchrun or accelerate launch, which would run every stage once per rank; "
+            "started under torchrun or accelerate launch, which would run every stage once per "
+            "rank; "
             "type python -m align.run … launch=accelerate launch.processes=N"
         )
 
@@ -47,11 +51,15 @@ def refuse_null_groups(words: list[str]) -> None:
         group = key.partition("@")[0]
         if equals and value in ("null", "None", "") and (CONF / group).is_dir():
             choices = ", ".join(options(group))
-            raise ConfigError(f"{word}: {group} is a group and wants a name; type {group}=NAME ({choices})")
+            raise ConfigError(
+                f"{word}: {group} is a group and wants a name; type {group}=NAME ({choices})"
+            )
 
 
 def one_line(error: Exception) -> str:
-    """Hydra's and OmegaConf's complaints about an override, in one line with what was probably meant."""
+    """Hydra's and OmegaConf's complaints about an override, in one line with what was probably
+    meant.
+    """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = error.missing_cfg_file.rpartition("/")
         found = list(error.options or [])
@@ -69,7 +77,9 @@ def one_line(error: Exception) -> str:
 
 
 def task(outcomes: list[Outcome]) -> Callable[[DictConfig], None]:
-    """What Hydra calls once per job. An error of the user's is kept, so that in a sweep the other jobs still run."""
+    """What Hydra calls once per job. An error of the user's is kept, so that in a sweep the other
+    jobs still run.
+    """
 
     def job(composed: DictConfig) -> None:
         overrides = list(HydraConfig.get().overrides.task)
@@ -80,7 +90,10 @@ def task(outcomes: list[Outcome]) -> Callable[[DictConfig], None]:
             outcomes.append(Outcome(overrides=overrides, error=fail(str(error))))
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            line = f"{error.strerror or error}{where}; what is finished is kept, the same command goes on"
+            line = (
+                f"{error.strerror or error}{where}; what is finished is kept, the same command "
+                "goes on"
+            )
             outcomes.append(Outcome(overrides=overrides, error=fail(line)))
 
     return job

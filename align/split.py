@@ -4,7 +4,8 @@ import hashlib
 
 
 def is_held_out(prompt_id: str, share: float) -> bool:
-    """True for about `share` of all ids. All pairs of one prompt fall on the same side, in any order, in any run.
+    """True for about `share` of all ids. All pairs of one prompt fall on the same side, in any
+    order, in any run.
 
     Args:
         prompt_id: the record's id.

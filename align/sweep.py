@@ -19,13 +19,20 @@ COLUMNS = {
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> str:
-    """A text table of the runs in the order in which they ran; columns that no run has are left out."""
-    shown = {title: key for title, key in COLUMNS.items() if any(key in o.metrics for o in outcomes)}
+    """A text table of the runs in the order in which they ran; columns that no run has are left
+    out.
+    """
+    shown = {
+        title: key for title, key in COLUMNS.items() if any(key in o.metrics for o in outcomes)
+    }
     table = Table("run", *shown, "folder", title="the runs compared")
     common = set.intersection(*(set(outcome.overrides) for outcome in outcomes))
     for outcome in outcomes:
         own = " ".join(o for o in outcome.overrides if o not in common)
-        cells = [f"{outcome.metrics[key]:.3f}" if key in outcome.metrics else "" for key in shown.values()]
+        cells = [
+            f"{outcome.metrics[key]:.3f}" if key in outcome.metrics else ""
+            for key in shown.values()
+        ]
         table.add_row(own, *cells, outcome.error or str(outcome.folder))
     console = Console(width=160)
     with console.capture() as text:

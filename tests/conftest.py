@@ -1,9 +1,12 @@
-"""Tiny random models with the starter's tokenizer, shared by the tests of models, algorithms and stages."""
+"""Tiny random models with the starter's tokenizer, shared by the tests of models, algorithms and
+stages.
+"""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tiny models: a second thread gains nothing, and waiting for it on a busy machine costs forty times the work.
+# Tiny models: a second thread gains nothing, and waiting for it on a busy machine costs forty times
+# the work.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path

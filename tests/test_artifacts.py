@@ -1,4 +1,6 @@
-"""Artifacts: finished means manifest, damage is found and set aside, fingerprints see content only."""
+"""Artifacts: finished means manifest, damage is found and set aside, fingerprints see content
+only.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""Configuration: every file composes, every mistake is one line that names the key, before torch is imported."""
+"""Configuration: every file composes, every mistake is one line that names the key, before torch is
+imported.
+"""
 
 import dataclasses
 import os
@@ -50,7 +52,9 @@ def said(answer: subprocess.CompletedProcess) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_composes_and_is_checked(file):
-    tree = composed("recipe=dpo", *([] if file == "recipe=dpo" else [file]), *NEEDS_MORE.get(file, []))
+    tree = composed(
+        "recipe=dpo", *([] if file == "recipe=dpo" else [file]), *NEEDS_MORE.get(file, [])
+    )
     assert read_config(tree).recipe_name == "dpo"
 
 
@@ -60,8 +64,16 @@ def test_every_key_has_a_comment_in_its_file(path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("#") or lines[1].startswith("#")
     if path.parent.name in ("algorithm", "adapter", "launch", "sampler", "model"):
-        bare = [line for line in lines if ":" in line and not line.lstrip().startswith(("#", "-")) and "#" not in line]
-        assert not [line for line in bare if line.split(":")[0] not in ("name", "module", "weight_decay", "defaults")]
+        bare = [
+            line
+            for line in lines
+            if ":" in line and not line.lstrip().startswith(("#", "-")) and "#" not in line
+        ]
+        assert not [
+            line
+            for line in bare
+            if line.split(":")[0] not in ("name", "module", "weight_decay", "defaults")
+        ]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +89,10 @@ def test_every_key_has_a_comment_in_its_file(path):
         ("algorithm.loss=sigmoyd", "algorithm.loss=sigmoyd: must be one of sigmoid, ipo, hinge"),
         ("algorithm=dop", "algorithm=dop: no such algorithm; did you mean dpo?"),
         ("recipe=dop", "recipe=dop: no such recipe; did you mean dpo?"),
-        ("judge=null", "judge=null: judge is a group and wants a name; type judge=NAME (none, rubric)"),
+        (
+            "judge=null",
+            "judge=null: judge is a group and wants a name; type judge=NAME (none, rubric)",
+        ),
         ("model=hf", "model.name has no value; type model.name=VALUE"),
         ("data=preferences", "data=preferences: no file to read; type data.path=FILE"),
         ("data.path=nowhere.jsonl", "data.path=nowhere.jsonl: no such file"),
@@ -90,7 +105,10 @@ def test_every_key_has_a_comment_in_its_file(path):
         ("name=a/b", "name=a/b: must be a folder name of its own"),
         ("seed=-1", "seed=-1: must be at least 0"),
         ("launch.processes=0", "launch.processes=0: must be at least 1"),
-        ("algorithm.micro_batch_size=64", "algorithm.micro_batch_size=64: must be at least 1 and at most 32"),
+        (
+            "algorithm.micro_batch_size=64",
+            "algorithm.micro_batch_size=64: must be at least 1 and at most 32",
+        ),
         ("algorithm.module=no.such.module", "algorithm.module=no.such.module: cannot be imported"),
         ("foo", "foo"),
     ],
@@ -107,7 +125,9 @@ def test_a_mistake_is_one_line_without_torch(override, says, tmp_path):
 
 def test_no_recipe_is_one_line_and_help_is_readable():
     answer = run()
-    assert answer.returncode == 1 and said(answer) == ["error: no recipe given; type recipe=NAME (dpo)"]
+    assert answer.returncode == 1 and said(answer) == [
+        "error: no recipe given; type recipe=NAME (dpo)"
+    ]
     started = time.monotonic()
     answer = run("--help")
     assert time.monotonic() - started < 3, "a second, and room for a busy machine"
@@ -117,7 +137,9 @@ def test_no_recipe_is_one_line_and_help_is_readable():
 
 
 def test_a_model_that_does_not_exist_is_one_line(tmp_path):
-    answer = run("recipe=dpo", "model=hf", "model.name=no/such", f"workspace={tmp_path}", HF_HUB_OFFLINE="1")
+    answer = run(
+        "recipe=dpo", "model=hf", "model.name=no/such", f"workspace={tmp_path}", HF_HUB_OFFLINE="1"
+    )
     assert answer.returncode == 1
     assert len(said(answer)) == 1 and "model.name=no/such" in said(answer)[0]
 
@@ -125,7 +147,9 @@ def test_a_model_that_does_not_exist_is_one_line(tmp_path):
 def test_a_workspace_that_cannot_be_written_is_one_line():
     answer = run("recipe=dpo", "workspace=/proc/nowhere")
     assert answer.returncode == 1
-    assert len(said(answer)) == 1 and "workspace=/proc/nowhere: cannot write there" in said(answer)[0]
+    assert (
+        len(said(answer)) == 1 and "workspace=/proc/nowhere: cannot write there" in said(answer)[0]
+    )
 
 
 def test_started_by_torchrun_it_says_what_to_type_instead():
@@ -147,7 +171,14 @@ def test_a_recipe_chooses_and_tunes_nothing():
 
 def test_defaults_live_once_in_yaml():
     config = read_config(composed("recipe=dpo"))
-    for node in (config, config.algorithm, config.model, config.adapter, config.sampler, config.launch):
+    for node in (
+        config,
+        config.algorithm,
+        config.model,
+        config.adapter,
+        config.sampler,
+        config.launch,
+    ):
         assert all(
             f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
             for f in dataclasses.fields(node)
@@ -155,14 +186,18 @@ def test_defaults_live_once_in_yaml():
 
 
 def test_own_preferences_switch_the_embedded_judge_off_and_the_command_line_still_wins():
-    tree = composed("recipe=dpo", "data=preferences", f"data.path={__file__}", "stages=[train,evaluate]")
+    tree = composed(
+        "recipe=dpo", "data=preferences", f"data.path={__file__}", "stages=[train,evaluate]"
+    )
     config = read_config(tree)
     assert config.judge is None and config.evaluate.judge is None
-    tree = composed("recipe=dpo", "data=preferences", f"data.path={__file__}", "judge@evaluate.judge=rubric")
+    tree = composed(
+        "recipe=dpo", "data=preferences", f"data.path={__file__}", "judge@evaluate.judge=rubric"
+    )
     assert read_config(tree).evaluate.judge.name == "rubric"
 
 
-MODULE = '''
+MODULE = """
 from dataclasses import dataclass
 from align.algorithms.needs import Needs
 from align.algorithms.settings import PreferenceTraining
@@ -173,10 +208,12 @@ NEEDS = Needs(records=Preference, reference=False)
 @dataclass(frozen=True, kw_only=True)
 class Settings(PreferenceTraining):
     gamma: float
-'''
+"""
 
 
-def test_a_second_algorithm_brings_its_own_defaults_and_leaves_the_others_behind(tmp_path, monkeypatch):
+def test_a_second_algorithm_brings_its_own_defaults_and_leaves_the_others_behind(
+    tmp_path, monkeypatch
+):
     own = tmp_path / "conf" / "algorithm"
     own.mkdir(parents=True)
     body = yaml.safe_load((CONF / "algorithm" / "dpo.yaml").read_text())
@@ -198,5 +235,5 @@ def test_a_second_algorithm_brings_its_own_defaults_and_leaves_the_others_behind
     assert config.algorithm.gamma == 0.7 and config.algorithm.learning_rate == 1e-5
     steps = plan(config, yaml="", command="")
     assert next(step for step in steps if step.name == "reference").settings.score is False
-    with pytest.raises(ConfigError, match="algorithm.gama"):
+    with pytest.raises(ConfigError, match=r"algorithm\.gama"):
         read_config({**tree, "algorithm": {**tree["algorithm"], "gama": 1}})

@@ -33,7 +33,10 @@ def test_lone_surrogates_and_line_separators_survive_a_round_trip(tmp_path):
         ('{"prompt": "a", "chosen": "x", "rejected": "x"}', "prefers nothing"),
         ('{"prompt": "a", "chosen": "x"}', 'no "rejected"'),
         ('{"prompt": "a", "chosen": "x", "rejected": "y", "p": 0.2}', "not a number from 0.5 to 1"),
-        ('{"messages": [{"role": "boss", "content": "a"}], "chosen": "x", "rejected": "y"}', "role"),
+        (
+            '{"messages": [{"role": "boss", "content": "a"}], "chosen": "x", "rejected": "y"}',
+            "role",
+        ),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, says):

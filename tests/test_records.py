@@ -28,7 +28,11 @@ def test_plain_responses_are_read_as_candidates():
 
 def test_a_swapped_comparison_carries_its_indices_along():
     comparison = Comparison(
-        prompt=Prompt.from_json({"prompt": "?"}), first="a", second="b", first_index=3, second_index=5
+        prompt=Prompt.from_json({"prompt": "?"}),
+        first="a",
+        second="b",
+        first_index=3,
+        second_index=5,
     )
     swapped = comparison.swap()
     assert (swapped.first, swapped.first_index, swapped.second_index) == ("b", 5, 3)

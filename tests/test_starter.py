@@ -1,4 +1,6 @@
-"""The starter kit: what its prompts promise, checked from their text alone, and that nothing leaks into the test."""
+"""The starter kit: what its prompts promise, checked from their text alone, and that nothing leaks
+into the test.
+"""
 
 import json
 import random
@@ -44,8 +46,8 @@ QUESTIONS = {
 }
 # Where two subjects share words, the more telling one is looked for first.
 ORDER = [
-    "contact_hours", "distance", "reply", "abroad", "equipment", "ending", "on_site", "seniority", "duration",
-    "notice", "allowance", "days_per_week",
+    "contact_hours", "distance", "reply", "abroad", "equipment", "ending", "on_site", "seniority",
+    "duration", "notice", "allowance", "days_per_week",
 ]  # fmt: skip
 VALUE = r"\d{1,2}:\d\d to \d{1,2}:\d\d|\d+"
 
@@ -101,7 +103,9 @@ def test_no_test_combination_of_wordings_and_no_tuple_of_facts_occurs_in_trainin
 
 def test_a_quarter_of_the_test_answers_uses_a_number_never_seen_beside_that_clause(train, test):
     seen = {(kind, value) for r in train for kind, value in r["meta"]["facts"].items()}
-    unseen = [r for r in test if r["meta"]["gold"] and (r["meta"]["asked"], r["meta"]["gold"]) not in seen]
+    unseen = [
+        r for r in test if r["meta"]["gold"] and (r["meta"]["asked"], r["meta"]["gold"]) not in seen
+    ]
     assert len(unseen) >= len(test) / 4
     marked = [r for r in test if r["meta"]["unseen_value"]]
     assert len(marked) >= len(test) / 4, "by construction, not by the luck of this training sample"
@@ -113,11 +117,16 @@ def test_the_base_models_lessons_keep_clear_of_the_test():
 
     rng, avoid = random.Random(0), set()
     held = draw_cases(rng, 50, test=True, avoid=avoid)
-    assert all(c.gold is None or held_out_wording(c.clause_wording[c.asked], c.question_wording) for c in held)
+    assert all(
+        c.gold is None or held_out_wording(c.clause_wording[c.asked], c.question_wording)
+        for c in held
+    )
     for _ in range(500):
         case = draw_case(rng, test=False)
         assert not any(held_out_value(kind, value) for kind, value in case.facts.items())
-        assert case.gold is None or not held_out_wording(case.clause_wording[case.asked], case.question_wording)
+        assert case.gold is None or not held_out_wording(
+            case.clause_wording[case.asked], case.question_wording
+        )
 
 
 def test_facts_and_manners_of_the_demonstrations_are_independent():

@@ -1,4 +1,6 @@
-"""Checkpoints that can be trusted: a mark is set when one is whole on disk and taken off before one is removed."""
+"""Checkpoints that can be trusted: a mark is set when one is whole on disk and taken off before one
+is removed.
+"""
 
 import json
 import os
@@ -51,7 +53,9 @@ def newest(folder: Path) -> Path | None:
 
 def history(path: Path) -> list[dict[str, Any]]:
     """What was logged up to a checkpoint."""
-    logged: list[dict[str, Any]] = json.loads((path / STATE).read_text(encoding="utf-8"))["log_history"]
+    logged: list[dict[str, Any]] = json.loads((path / STATE).read_text(encoding="utf-8"))[
+        "log_history"
+    ]
     return logged
 
 
@@ -68,14 +72,17 @@ def keep_only(folder: Path, steps: set[int]) -> None:
 
 
 def export_adapter(path: Path, out: Path) -> None:
-    """Copies a checkpoint's adapter to `out`, whole or not at all: plain PEFT, nothing that runs code on load."""
+    """Copies a checkpoint's adapter to `out`, whole or not at all: plain PEFT, nothing that runs
+    code on load.
+    """
     partial = out.with_name(f".{out.name}.partial")
     for old in (partial, out):
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir()
     for name in ADAPTER_FILES:
         shutil.copyfile(path / name, partial / name)
-    # PEFT writes a set in the order of the process's hash seed; sorted, equal runs leave equal files.
+    # PEFT writes a set in the order of the process's hash seed; sorted, equal runs leave equal
+    # files.
     config = read_json(partial / "adapter_config.json")
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()

@@ -1,7 +1,8 @@
 """Direct preference optimization: what it needs, and how it trains a policy on pairs.
 
-Deviations from TRL's trainer: soft labels and label smoothing, reference log-probabilities from the data, adapters in
-float32, accumulation derived from the global batch, a mean over the pairs of a global batch however it is split.
+Deviations from TRL's trainer: soft labels and label smoothing, reference log-probabilities from the
+data, adapters in float32, accumulation derived from the global batch, a mean over the pairs of a
+global batch however it is split.
 """
 
 from pathlib import Path
@@ -41,6 +42,7 @@ def train(policy: "Policy", data: "PairData", *, settings: Dpo, out: Path) -> No
 def remedy(settings: Dpo) -> str:
     """What to type when a run collapses."""
     return (
-        f"lower algorithm.learning_rate (now {settings.learning_rate:g}; try {settings.learning_rate / 4:g}) "
+        f"lower algorithm.learning_rate (now {settings.learning_rate:g}; try "
+        f"{settings.learning_rate / 4:g}) "
         f"or raise algorithm.beta (now {settings.beta:g}; try {settings.beta * 3:g})"
     )

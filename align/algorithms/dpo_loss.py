@@ -8,10 +8,11 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True, kw_only=True)
 class PairLogprobs:
-    """Summed log-probabilities of both answers under policy and reference, and the answers' lengths; each [B].
+    """Summed log-probabilities of both answers under policy and reference, and the answers'
+    lengths; each [B].
 
-    Example: `PairLogprobs(policy_chosen=…, policy_rejected=…, reference_chosen=…, reference_rejected=…,
-    chosen_length=…, rejected_length=…)`
+    Example: `PairLogprobs(policy_chosen=…, policy_rejected=…, reference_chosen=…,
+    reference_rejected=…, chosen_length=…, rejected_length=…)`
     """
 
     policy_chosen: torch.Tensor
@@ -33,7 +34,8 @@ class PairLogprobs:
 
 
 def soft_label(p: torch.Tensor, *, label_smoothing: float) -> torch.Tensor:
-    """Probability that chosen is truly better: q = p (1 - e) + (1 - p) e, for labels that flip with probability e.
+    """Probability that chosen is truly better: q = p (1 - e) + (1 - p) e, for labels that flip with
+    probability e.
 
     Args:
         p: [B], the judge's probability, 0.5 to 1.
@@ -45,7 +47,8 @@ def soft_label(p: torch.Tensor, *, label_smoothing: float) -> torch.Tensor:
 def sigmoid_loss(pairs: PairLogprobs, *, beta: float, q: torch.Tensor) -> torch.Tensor:
     """DPO with soft labels, [B].
 
-        m = beta (chosen_ratio - rejected_ratio),    loss = -q log sigmoid(m) - (1 - q) log sigmoid(-m)
+        m = beta (chosen_ratio - rejected_ratio),    loss = -q log sigmoid(m) - (1 - q) log
+        sigmoid(-m)
 
     Rafailov et al. 2023, arXiv:2305.18290, eq. 7 for q = 1; Mitchell 2023 ("cDPO") for q = 1 - e.
     """
@@ -59,8 +62,9 @@ def ipo_loss(pairs: PairLogprobs, *, beta: float, q: torch.Tensor) -> torch.Tens
         h = chosen_ratio / |y_w| - rejected_ratio / |y_l|,
         loss = q (h - 1 / (2 beta))^2 + (1 - q) (h + 1 / (2 beta))^2
 
-    Azar et al. 2023, arXiv:2310.12036, eq. 17 for q = 1. Deviation: the paper sums over tokens; the mean is what its
-    authors recommended to implementers and what TRL computes. beta is the paper's tau.
+    Azar et al. 2023, arXiv:2310.12036, eq. 17 for q = 1. Deviation: the paper sums over tokens; the
+    mean is what its authors recommended to implementers and what TRL computes. beta is the paper's
+    tau.
     """
     h = pairs.chosen_ratio / pairs.chosen_length - pairs.rejected_ratio / pairs.rejected_length
     target = 1 / (2 * beta)
@@ -72,7 +76,8 @@ def hinge_loss(pairs: PairLogprobs, *, beta: float, q: torch.Tensor) -> torch.Te
 
         m = beta (chosen_ratio - rejected_ratio),    loss = q max(0, 1 - m) + (1 - q) max(0, 1 + m)
 
-    Zhao et al. 2023 (SLiC), arXiv:2305.10425, eq. 1, on DPO's rewards as in Liu et al. 2023 (RSO), arXiv:2309.06657.
+    Zhao et al. 2023 (SLiC), arXiv:2305.10425, eq. 1, on DPO's rewards as in Liu et al. 2023 (RSO),
+    arXiv:2309.06657.
     """
     margin = beta * (pairs.chosen_ratio - pairs.rejected_ratio)
     return q * torch.relu(1 - margin) + (1 - q) * torch.relu(1 + margin)

@@ -1,4 +1,6 @@
-"""Trains a policy on pairs from beginning to end: resumes, measures, saves, and keeps the best adapter."""
+"""Trains a policy on pairs from beginning to end: resumes, measures, saves, and keeps the best
+adapter.
+"""
 
 import math
 import os
@@ -39,7 +41,8 @@ def fit(
     out: Path,
     remedy: str,
 ) -> None:
-    """Writes adapter/, curves.jsonl, metrics.json and reference.json; goes on from the newest whole checkpoint.
+    """Writes adapter/, curves.jsonl, metrics.json and reference.json; goes on from the newest whole
+    checkpoint.
 
     Raises:
         StageError: fewer pairs than one batch, or the run collapsed.
@@ -83,7 +86,8 @@ def fit(
 def check_enough(data: PairData, settings: PreferenceTraining) -> None:
     if len(data.train) < settings.batch_size:
         raise StageError(
-            f"algorithm.batch_size={settings.batch_size}: more than the {len(data.train)} training pairs, so not "
+            f"algorithm.batch_size={settings.batch_size}: more than the {len(data.train)} "
+            "training pairs, so not "
             f"one step can be made; type algorithm.batch_size={max(1, len(data.train) // 4)}"
         )
 
@@ -91,16 +95,20 @@ def check_enough(data: PairData, settings: PreferenceTraining) -> None:
 def announce(
     policy: Policy, data: PairData, args: TrainingArguments, settings: PreferenceTraining
 ) -> None:
-    """One line on what is trained against which reference, and one where a setting could not be kept."""
+    """One line on what is trained against which reference, and one where a setting could not be
+    kept.
+    """
     print(
-        f"{len(data.train)} training pairs, {len(data.held_out)} held out; reference: {policy.reference}",
+        f"{len(data.train)} training pairs, {len(data.held_out)} held out; reference: "
+        f"{policy.reference}",
         flush=True,
     )
     micro = args.per_device_train_batch_size
     if micro < settings.micro_batch_size:
         share = micro * args.gradient_accumulation_steps
         print(
-            f"algorithm.micro_batch_size={settings.micro_batch_size} does not divide the {share} pairs of a "
+            f"algorithm.micro_batch_size={settings.micro_batch_size} does not divide the {share} "
+            "pairs of a "
             f"process's step; using {micro}",
             flush=True,
         )
@@ -124,7 +132,8 @@ def total_steps(trainer: PreferenceTrainer) -> int:
 
 
 def micro_batch(settings: PreferenceTraining, processes: int) -> int:
-    """Pairs per forward pass: the largest divisor of a process's share that is at most the configured one.
+    """Pairs per forward pass: the largest divisor of a process's share that is at most the
+    configured one.
 
     Raises:
         ConfigError: the global batch cannot be shared evenly.
@@ -132,7 +141,8 @@ def micro_batch(settings: PreferenceTraining, processes: int) -> int:
     share, rest = divmod(settings.batch_size, processes)
     if rest or not share:
         raise ConfigError(
-            f"algorithm.batch_size={settings.batch_size}: cannot be shared evenly among {processes} processes; "
+            f"algorithm.batch_size={settings.batch_size}: cannot be shared evenly among "
+            f"{processes} processes; "
             f"type algorithm.batch_size={processes * (share + 1)}"
         )
     return max(m for m in range(1, min(share, settings.micro_batch_size) + 1) if share % m == 0)
@@ -186,7 +196,9 @@ def recomputation(wanted: bool) -> dict[str, Any]:
 
 
 class Conductor(TrainerCallback):
-    """Says when to measure and save, marks whole checkpoints, keeps the newest and the best, and shows progress."""
+    """Says when to measure and save, marks whole checkpoints, keeps the newest and the best, and
+    shows progress.
+    """
 
     def __init__(self, folder: Path, settings: PreferenceTraining) -> None:
         self.folder, self.settings = folder, settings
@@ -221,7 +233,8 @@ class Conductor(TrainerCallback):
 def close(policy: Policy, data: PairData, folder: Path, out: Path) -> None:
     """The best checkpoint's adapter, curves and metrics; then the checkpoints go.
 
-    Everything is read from the last checkpoint, so that a run that was killed here ends like one that was not.
+    Everything is read from the last checkpoint, so that a run that was killed here ends like one
+    that was not.
     """
     newest = checkpoints.newest(folder)
     assert newest is not None, "the last step is always saved"

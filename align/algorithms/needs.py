@@ -1,11 +1,15 @@
-"""What an algorithm asks of the pipeline; torch-free, because a plan is checked before torch is imported."""
+"""What an algorithm asks of the pipeline; torch-free, because a plan is checked before torch is
+imported.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """`records`: the record class it trains on; `reference`: whether its loss needs the base's log-probabilities."""
+    """`records`: the record class it trains on; `reference`: whether its loss needs the base's
+    log-probabilities.
+    """
 
     records: type
     reference: bool

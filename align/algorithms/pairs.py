@@ -1,4 +1,6 @@
-"""Pairs as the trainer sees them: pre-tokenized rows with cached reference log-probabilities, and their batches."""
+"""Pairs as the trainer sees them: pre-tokenized rows with cached reference log-probabilities, and
+their batches.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ class PairData:
 
 
 class PairRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """A view on the memory-mapped pairs: `indices` of them, each with the reference's log-probabilities."""
+    """A view on the memory-mapped pairs: `indices` of them, each with the reference's
+    log-probabilities.
+    """
 
     def __init__(
         self, rows: Any, *, chosen: torch.Tensor, rejected: torch.Tensor, indices: Sequence[int]
@@ -69,15 +73,21 @@ def collate_pairs(pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler[int]):
-    """Each epoch a fresh permutation, trimmed to whole global batches; within one, rows are sorted by length.
+    """Each epoch a fresh permutation, trimmed to whole global batches; within one, rows are sorted
+    by length.
 
-    Any split of it into micro-batches of one size, in order, over any number of processes, gives each optimizer step
-    the same rows. Sorting within the step pads little and changes no gradient. The rows left over differ from epoch to
-    epoch.
+    Any split of it into micro-batches of one size, in order, over any number of processes, gives
+    each optimizer step the same rows. Sorting within the step pads little and changes no gradient.
+    The rows left over differ from epoch to epoch.
     """
 
     def __init__(
-        self, lengths: numpy.ndarray[Any, Any], *, batch_size: int, seed: int, epoch: Callable[[], int]
+        self,
+        lengths: numpy.ndarray[Any, Any],
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
     ) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
 

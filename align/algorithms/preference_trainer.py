@@ -1,4 +1,6 @@
-"""One trainer for everything that learns from pairs: transformers' Trainer, with our batches, loss and measurements."""
+"""One trainer for everything that learns from pairs: transformers' Trainer, with our batches, loss
+and measurements.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -66,7 +68,8 @@ class PreferenceTrainer(Trainer):
         super().__init__(**rest)
         self.objective = objective
         self.sums: Sums = {}
-        # compute_loss divides by the pairs of the whole step itself, so Trainer must not divide again.
+        # compute_loss divides by the pairs of the whole step itself, so Trainer must not divide
+        # again.
         self.loss_is_scaled_for_ga = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GlobalBatchSampler:
@@ -97,7 +100,9 @@ class PreferenceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Sum over pairs / pairs in the global batch; times the processes, whose gradients DDP averages."""
+        """Sum over pairs / pairs in the global batch; times the processes, whose gradients DDP
+        averages.
+        """
         pairs, results = self.score(model, inputs)
         add(self.sums, summed(pairs, results))
         share = self.accelerator.num_processes / self.objective.batch_size
@@ -105,7 +110,9 @@ class PreferenceTrainer(Trainer):
         return (loss, results) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: nobody reads it, and Trainer walks all parameters for it on every micro-batch."""
+        """Not counted: nobody reads it, and Trainer walks all parameters for it on every
+        micro-batch.
+        """
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -118,7 +125,9 @@ class PreferenceTrainer(Trainer):
 
     def means(self, sums: Sums) -> dict[str, float]:
         """Means over the pairs of all processes; what is lost per token is a mean over tokens."""
-        totals = self.accelerator.reduce(torch.stack([sums[key] for key in SUMMED]), reduction="sum")
+        totals = self.accelerator.reduce(
+            torch.stack([sums[key] for key in SUMMED]), reduction="sum"
+        )
         found = dict(zip(SUMMED, totals.tolist(), strict=True))
         count, tokens, drop = (found.pop(k) for k in ("pairs", "chosen_tokens", "chosen_drop"))
         return {
@@ -139,12 +148,16 @@ class PreferenceTrainer(Trainer):
                 raise StageError(f"{where}: {key} is {logs[key]}; {self.objective.remedy}")
         if logs["chosen_drop_per_token"] > self.objective.max_drop:
             raise StageError(
-                f"{where}: chosen answers lost {logs['chosen_drop_per_token']:.2f} nats per token against the "
-                f"reference (algorithm.max_drop={self.objective.max_drop:g}); {self.objective.remedy}"
+                f"{where}: chosen answers lost {logs['chosen_drop_per_token']:.2f} nats per token "
+                "against the "
+                f"reference (algorithm.max_drop={self.objective.max_drop:g}); "
+                f"{self.objective.remedy}"
             )
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The same measures on the held-out pairs, each process scoring its share of the batches."""
+        """The same measures on the held-out pairs, each process scoring its share of the
+        batches.
+        """
         rows: Any = eval_dataset or self.eval_dataset
         lengths = (2 * rows.lengths()).tolist()
         batches = list(token_budget_batches(lengths, budget=default_budget(self.args.device)))
@@ -180,8 +193,8 @@ SUMMED = (
 def summed(pairs: PairLogprobs, results: Results) -> Sums:
     """Sums over a batch's pairs, so that means over any split of it come out the same.
 
-    `kl` is the mean of log reference - log policy over both answers: KL(reference || policy) where the reference
-    sampled them, a measure of drift where it did not.
+    `kl` is the mean of log reference - log policy over both answers: KL(reference || policy) where
+    the reference sampled them, a measure of drift where it did not.
     """
     margin = results.chosen_reward - results.rejected_reward
     named = {

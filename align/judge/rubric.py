@@ -1,7 +1,8 @@
 """A judge that knows the facts: correctness first, then honesty about silence, courtesy, brevity.
 
-It stands in for a human or an LLM behind the same contract. The gold facts come from the prompt's `meta`
-(`asked`, `gold`, `facts`), the words from a rubric file. Text of models is only ever searched, never run.
+It stands in for a human or an LLM behind the same contract. The gold facts come from the prompt's
+`meta` (`asked`, `gold`, `facts`), the words from a rubric file. Text of models is only ever
+searched, never run.
 """
 
 import re
@@ -24,12 +25,15 @@ WEIGHTS = {"correct": 8.0, "honest": 4.0, "courteous": 2.0, "brief": 0.5}
 MANNERS = ("courteous", "brief")
 CURRENCY = r"(?:€|EUR|euros?)"
 TIME = r"\d{1,2}:\d{2}"
-VALUE = re.compile(rf"{TIME}(?:\s*(?:to|-|–|until|and)\s*{TIME})?|(?<![\w.,])\d+(?:[.,]\d+)?", re.IGNORECASE)
+VALUE = re.compile(
+    rf"{TIME}(?:\s*(?:to|-|–|until|and)\s*{TIME})?|(?<![\w.,])\d+(?:[.,]\d+)?", re.IGNORECASE
+)
 ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen",
+)  # fmt: skip
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 # "one" is a number only before something that is counted ("one day"), else a pronoun.
 COUNTED = r"one(?= (?:calendar |working )?(?:day|week|month|euro|km|kilomet))"
 SMALL = "|".join([COUNTED, *(word for word in ONES if word != "one")])
@@ -50,7 +54,7 @@ class Scores:
     @property
     def total(self) -> float:
         """Weighted sum; a higher criterion outweighs all lower ones together."""
-        return sum(WEIGHTS[name] * mark for name, mark in asdict(self).items())
+        return float(sum(WEIGHTS[name] * mark for name, mark in asdict(self).items()))
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,9 @@ def load_lexicon(path: Path) -> Lexicon:
         lexicon = Lexicon(yaml.safe_load(path.read_text(encoding="utf-8")))
         assert lexicon.patterns and lexicon.units and lexicon.words["brief_words"]
     except (yaml.YAMLError, re.error, KeyError, TypeError, AssertionError) as error:
-        raise JudgeError(f"judge.path={path}: not a rubric ({error!r}); see data/starter/rubric.yaml") from error
+        raise JudgeError(
+            f"judge.path={path}: not a rubric ({error!r}); see data/starter/rubric.yaml"
+        ) from error
     return lexicon
 
 
@@ -99,17 +105,22 @@ def digits(text: str) -> str:
 
 
 def normal(value: str) -> str:
-    """Times in one spelling: "9:15 - 15:45" -> "9:15 to 15:45"; thousands and leading zeros as they stand."""
+    """Times in one spelling: "9:15 - 15:45" -> "9:15 to 15:45"; thousands and leading zeros as they
+    stand.
+    """
     times = re.findall(TIME, value)
-    return " to ".join(time.lstrip("0") if not time.startswith("0:") else time for time in times) or value
+    return (
+        " to ".join(time.lstrip("0") if not time.startswith("0:") else time for time in times)
+        or value
+    )
 
 
 def is_right(text: str, *, kind: str, gold: str | None, lexicon: Lexicon) -> bool:
     """Exactly one claim, about what was asked, right, and not taken back.
 
-    With a gold value: every value in the text is that value in its unit, at least once, not negated, and there is no
-    claim of silence. Naming several values is wrong, for the reader cannot know which one holds. Without: silence
-    is claimed and no value is named.
+    With a gold value: every value in the text is that value in its unit, at least once, not
+    negated, and there is no claim of silence. Naming several values is wrong, for the reader cannot
+    know which one holds. Without: silence is claimed and no value is named.
     """
     text = digits(text)
     silent = bool(lexicon.patterns["silence"].search(text))
@@ -146,7 +157,8 @@ def score(prompt: Prompt, answer: str, *, lexicon: Lexicon) -> Scores:
     kind, gold = prompt.meta.get("asked"), prompt.meta.get("gold")
     if kind not in lexicon.units:
         raise JudgeError(
-            f"judge=rubric: prompt {prompt.id} carries no facts (meta.asked, meta.gold), so the embedded rubric "
+            f"judge=rubric: prompt {prompt.id} carries no facts (meta.asked, meta.gold), so the "
+            "embedded rubric "
             "cannot judge it; type judge=NAME or judge.module=… (and judge@evaluate.judge=none)"
         )
     silent = bool(lexicon.patterns["silence"].search(answer))
@@ -161,7 +173,9 @@ def score(prompt: Prompt, answer: str, *, lexicon: Lexicon) -> Scores:
 
 
 async def compare(comparisons: Iterable[Comparison], *, settings: Rubric) -> AsyncIterator[Verdict]:
-    """One verdict a comparison, in order. It looks in both orders, as the contract asks, though rules have no place bias."""
+    """One verdict a comparison, in order. It looks in both orders, as the contract asks, though
+    rules have no place bias.
+    """
     lexicon = load_lexicon(Path(settings.path))
     for comparison in comparisons:
         first = score(comparison.prompt, comparison.first, lexicon=lexicon)

@@ -1,4 +1,6 @@
-"""Low-rank adapters on a frozen base: made, loaded, switched off for the reference; never merged."""
+"""Low-rank adapters on a frozen base: made, loaded, switched off for the reference; never
+merged.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +15,14 @@ from align.models.settings import Lora
 
 
 def add_lora(model: Any, *, settings: Lora, seed: int) -> Any:
-    """The model with a fresh trainable adapter called "default"; its output is at first exactly the base's.
+    """The model with a fresh trainable adapter called "default"; its output is at first exactly the
+    base's.
 
         W x  becomes  W x + (alpha / rank) B A x,    A random from `seed`, B = 0
 
-    Hu et al. 2021, arXiv:2106.09685, section 4.1. `prepare_model_for_kbit_training` is not called: it would turn
-    embeddings, norms and head of the base to float32, so that policy and reference would differ in their base.
+    Hu et al. 2021, arXiv:2106.09685, section 4.1. `prepare_model_for_kbit_training` is not called:
+    it would turn embeddings, norms and head of the base to float32, so that policy and reference
+    would differ in their base.
 
     Raises:
         ConfigError: `adapter.target_modules` names no layer of the model.
@@ -45,7 +49,9 @@ def add_lora(model: Any, *, settings: Lora, seed: int) -> Any:
 
 
 def keep_in_fp32(policy: Any) -> None:
-    """Trainable weights in float32: in bfloat16 a step at a small learning rate rounds to nothing."""
+    """Trainable weights in float32: in bfloat16 a step at a small learning rate rounds to
+    nothing.
+    """
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
@@ -62,7 +68,8 @@ def load_adapter(model: Any, path: Path, *, trainable: bool = False) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StageError(
-            f"{path}: no adapter for this model ({reason}); give the folder that a training on the same base wrote"
+            f"{path}: no adapter for this model ({reason}); give the folder that a training on "
+            "the same base wrote"
         ) from error
     return policy.train(trainable)
 

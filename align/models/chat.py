@@ -1,9 +1,11 @@
-"""From a conversation to token ids: through the chat template, cut from the left, hostile text kept harmless.
+"""From a conversation to token ids: through the chat template, cut from the left, hostile text kept
+harmless.
 
-What people and models wrote is text: where it spells a special token, that spelling is encoded as characters, so that
-nobody can end a turn or start one from within. Limits: added tokens that are not special (Qwen's <think>) stay tokens;
-a template that rewrites contents (trims, escapes) is followed; whatever a template puts between an answer and its end
-of turn (Llama 2's space before </s>) is not part of the answer.
+What people and models wrote is text: where it spells a special token, that spelling is encoded as
+characters, so that nobody can end a turn or start one from within. Limits: added tokens that are
+not special (Qwen's <think>) stay tokens; a template that rewrites contents (trims, escapes) is
+followed; whatever a template puts between an answer and its end of turn (Llama 2's space before
+</s>) is not part of the answer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +32,9 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPair:
-    """`chosen` and `rejected` [R] include the end of turn unless `completion_cut` tokens were cut off the end."""
+    """`chosen` and `rejected` [R] include the end of turn unless `completion_cut` tokens were cut
+    off the end.
+    """
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
@@ -59,8 +63,8 @@ def encode_prompt(
 ) -> EncodedPrompt:
     """The prompt in at most `max_tokens` tokens.
 
-    Too long: the oldest turns go first (a system message stays), then the last turn loses text from its left, so that
-    the template stays whole and a question at the end is kept.
+    Too long: the oldest turns go first (a system message stays), then the last turn loses text from
+    its left, so that the template stays whole and a question at the end is kept.
 
     Raises:
         DataError: the template alone does not fit.
@@ -80,11 +84,13 @@ def encode_prompt(
     text = encode_text(tokenizer, kept[-1].content)
     drop = 0
     while len(ids) > max_tokens:
-        # Cutting between two tokens can change how the rest is split, so it is rendered again until it fits.
+        # Cutting between two tokens can change how the rest is split, so it is rendered again until
+        # it fits.
         drop += len(ids) - max_tokens
         if drop >= len(text):
             raise DataError(
-                f"a prompt of {whole} tokens does not fit into {max_tokens}: its template alone is longer; "
+                f"a prompt of {whole} tokens does not fit into {max_tokens}: its template alone "
+                "is longer; "
                 "raise data.max_length"
             )
         rest = tokenizer.decode(text[drop:]).lstrip("\ufffd")
@@ -111,7 +117,8 @@ def encode_completion(tokenizer: Any, text: str) -> tuple[int, ...]:
 def encode_pair(tokenizer: Any, preference: Preference, *, max_length: int) -> EncodedPair:
     """Both answers to one prompt, prompt + answer in at most `max_length` tokens.
 
-    The prompt gives way first, but keeps a quarter of the window; answers longer than the rest lose their end.
+    The prompt gives way first, but keeps a quarter of the window; answers longer than the rest lose
+    their end.
     """
     chosen = encode_completion(tokenizer, preference.chosen)
     rejected = encode_completion(tokenizer, preference.rejected)
@@ -131,10 +138,11 @@ def encode_pair(tokenizer: Any, preference: Preference, *, max_length: int) -> E
 
 
 def end_of_turn(tokenizer: Any) -> int:
-    """The special token with which the template closes an assistant's turn, else the end-of-sequence token.
+    """The special token with which the template closes an assistant's turn, else the
+    end-of-sequence token.
 
-    They differ for some base models (end-of-text against end-of-turn), and a policy trained on the wrong one never
-    stops.
+    They differ for some base models (end-of-text against end-of-turn), and a policy trained on the
+    wrong one never stops.
 
     Raises:
         ConfigError: there is neither.
@@ -172,7 +180,9 @@ def encode_text(tokenizer: Any, text: str, *, trusted: bool = False) -> list[int
 
 
 def guard(tokenizer: Any, text: str, mark: str) -> str:
-    """The text with `mark` around each spelling of a special token; ordinary text comes back as it is."""
+    """The text with `mark` around each spelling of a special token; ordinary text comes back as it
+    is.
+    """
     for special in special_spellings(tokenizer):
         if special in text:
             parts = text.split(mark)
@@ -183,11 +193,17 @@ def guard(tokenizer: Any, text: str, mark: str) -> str:
 
 
 def encode_marked(tokenizer: Any, text: str, mark: str) -> list[int]:
-    """Ids of a rendered text in which every second piece between marks is to be read as characters."""
+    """Ids of a rendered text in which every second piece between marks is to be read as
+    characters.
+    """
     ids: list[int] = []
     for i, piece in enumerate(text.split(mark)):
         if piece:
-            ids += encode_characters(tokenizer, piece) if i % 2 else encode_text(tokenizer, piece, trusted=True)
+            ids += (
+                encode_characters(tokenizer, piece)
+                if i % 2
+                else encode_text(tokenizer, piece, trusted=True)
+            )
     return ids
 
 
@@ -206,7 +222,9 @@ def unused_character(text: str) -> str:
 
 @lru_cache(maxsize=8)
 def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Special tokens that a text could spell, the longest first. Cached, because asking the tokenizer is slow."""
+    """Special tokens that a text could spell, the longest first. Cached, because asking the
+    tokenizer is slow.
+    """
     found = {
         int(i): str(token.content)
         for i, token in tokenizer.added_tokens_decoder.items()
@@ -227,7 +245,8 @@ def turn_frame(tokenizer: Any) -> Turn:
     """How the tokenizer's template frames an answer.
 
     Raises:
-        ConfigError: the template ends no turn with a special token, and there is no end-of-sequence token.
+        ConfigError: the template ends no turn with a special token, and there is no end-of-sequence
+        token.
     """
     return _turn_frame(tokenizer, str(tokenizer.chat_template))
 
@@ -237,14 +256,18 @@ def _turn_frame(tokenizer: Any, template: str) -> Turn:
     asked = [{"role": "user", "content": "x"}]
     answered = [*asked, {"role": "assistant", "content": ANSWER}]
     opening = str(tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False))
-    before, _, after = str(tokenizer.apply_chat_template(answered, tokenize=False)).partition(ANSWER)
+    before, _, after = str(tokenizer.apply_chat_template(answered, tokenize=False)).partition(
+        ANSWER
+    )
     lead = before.removeprefix(opening) if before.startswith(opening) else ""
     tail = encode_text(tokenizer, after.strip(), trusted=True)
     end = tail[0] if tail and tail[0] in special_ids(tokenizer) else tokenizer.eos_token_id
     if end is None:
         raise ConfigError(
-            "the tokenizer has no end-of-sequence token and its chat template ends no turn with a special one, so "
-            "answers would never stop; give model.chat_template=FILE with a template that ends turns"
+            "the tokenizer has no end-of-sequence token and its chat template ends no turn with a "
+            "special one, so "
+            "answers would never stop; give model.chat_template=FILE with a template that ends "
+            "turns"
         )
     # More than white space (an empty block of thoughts, say) is for the model to write.
     return Turn(opening=opening, lead=lead if lead.isspace() else "", end=int(end))

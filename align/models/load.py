@@ -1,4 +1,6 @@
-"""Loads the base model and its tokenizer: 4-bit, 8-bit or whole, on one device, from safetensors only."""
+"""Loads the base model and its tokenizer: 4-bit, 8-bit or whole, on one device, from safetensors
+only.
+"""
 
 import os
 from pathlib import Path
@@ -27,7 +29,7 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(settings: Model, device: torch.device) -> torch.dtype:
-    """"auto" is float32 on a CPU, where bfloat16 is ten times slower, and bfloat16 on a GPU."""
+    """ "auto" is float32 on a CPU, where bfloat16 is ten times slower, and bfloat16 on a GPU."""
     if settings.dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -35,7 +37,8 @@ def compute_dtype(settings: Model, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer with its chat template, or with the one of `model.chat_template`; pads with EOS where it has no pad.
+    """The tokenizer with its chat template, or with the one of `model.chat_template`; pads with EOS
+    where it has no pad.
 
     Raises:
         ConfigError: no such model, or no chat template.
@@ -48,8 +51,10 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"model.name={settings.name}: its tokenizer has no chat template, so a conversation cannot be put "
-            "into tokens; give model.chat_template=FILE (a Jinja file), or choose the model's chat variant"
+            f"model.name={settings.name}: its tokenizer has no chat template, so a conversation "
+            "cannot be put "
+            "into tokens; give model.chat_template=FILE (a Jinja file), or choose the model's "
+            "chat variant"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -96,7 +101,8 @@ def quantization(settings: Model, dtype: torch.dtype) -> BitsAndBytesConfig | No
 def keep_gradients_on_cpu(model: Any) -> None:
     """Forbids bitsandbytes to repack 4-bit weights for AVX512-BF16 in a no-grad pass.
 
-    The repacked layout has no backward: training after an evaluation would silently lose the gradient through them.
+    The repacked layout has no backward: training after an evaluation would silently lose the
+    gradient through them.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -108,14 +114,17 @@ def missing(settings: Model, what: str, error: Exception) -> ConfigError:
     at = f" (revision {settings.revision})" if settings.revision else ""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ConfigError(
-        f"model.name={settings.name}{at}: no {what} could be loaded ({reason}); give an existing folder in "
+        f"model.name={settings.name}{at}: no {what} could be loaded ({reason}); give an existing "
+        "folder in "
         "Hugging Face format with safetensors weights, or a hub id"
     )
 
 
 def window(model: Any) -> int:
     """The most tokens that a sequence may have."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = (
+        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    )
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         size = getattr(config, name, None)
         if isinstance(size, int) and size > 0:

@@ -33,7 +33,8 @@ class Batch:
 
     Attributes:
         input_ids: [B, T].
-        response_mask: [B, T], True where the token belongs to the answer (its end of turn included); from lengths.
+        response_mask: [B, T], True where the token belongs to the answer (its end of turn
+            included); from lengths.
     """
 
     input_ids: torch.Tensor
@@ -41,7 +42,9 @@ class Batch:
 
 
 def collate(rows: Sequence[Row], *, device: torch.device | None = None) -> Batch:
-    """Pads with token 0: what stands behind a row's end is masked by length and attended by nobody before it."""
+    """Pads with token 0: what stands behind a row's end is masked by length and attended by nobody
+    before it.
+    """
     width = max(len(row) for row in rows)
     ids = [[*row.prompt, *row.completion, *([0] * (width - len(row)))] for row in rows]
     starts = torch.tensor([len(row.prompt) for row in rows])[:, None]
@@ -54,26 +57,29 @@ def collate(rows: Sequence[Row], *, device: torch.device | None = None) -> Batch
 def sequence_logprobs(
     model: Any, *, input_ids: torch.Tensor, response_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Summed log-probability of each row's answer, [B], in nats; arguments as for `token_logprobs`."""
+    """Summed log-probability of each row's answer, [B], in nats; arguments as for
+    `token_logprobs`.
+    """
     return token_logprobs(model, input_ids=input_ids, response_mask=response_mask).sum(-1)
 
 
 def token_logprobs(
     model: Any, *, input_ids: torch.Tensor, response_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Log-probability of each token that counts, [B, T], 0 elsewhere; in nats, float32 (float64 for a float64 model).
+    """Log-probability of each token that counts, [B, T], 0 elsewhere; in nats, float32 (float64 for
+    a float64 model).
 
         log p(y_t | x, y_<t) = log softmax(head(h_{t-1}))[y_t]
 
-    The head runs only where the next token counts. Rows are padded on the right, so causal attention alone keeps
-    padding away from every token that counts, positions count from 0, and no attention mask is needed (which lets the
-    fast causal kernels run).
+    The head runs only where the next token counts. Rows are padded on the right, so causal
+    attention alone keeps padding away from every token that counts, positions count from 0, and no
+    attention mask is needed (which lets the fast causal kernels run).
 
     Args:
         model: a causal language model, bare, with an adapter, or wrapped for data parallelism.
         input_ids: [B, T].
-        response_mask: [B, T], True where the token counts; the first token of a row has nothing before it and never
-            does.
+        response_mask: [B, T], True where the token counts; the first token of a row has nothing
+            before it and never does.
     """
     rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)
     targets = input_ids[rows, columns + 1]
@@ -82,8 +88,8 @@ def token_logprobs(
         hidden = last_hidden(model, input_ids)[rows, columns]
         found = head_logprobs(bare.get_output_embeddings(), hidden, targets)
     else:
-        # A head that scales or caps its logits (Gemma 2, Granite, Cohere) runs inside the model, but is given only
-        # the positions that count.
+        # A head that scales or caps its logits (Gemma 2, Granite, Cohere) runs inside the model,
+        # but is given only the positions that count.
         with only_positions(bare, rows, columns):
             logits = model(input_ids=input_ids, use_cache=False).logits[0]
         found = target_logprobs(logits, targets)
@@ -100,8 +106,8 @@ def unwrapped(model: Any) -> Any:
 def last_hidden(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """What the decoder hands to the head, [B, T, H].
 
-    Taken by a hook while the outermost wrapper runs, so that data parallelism sees its forward pass; the wrapper itself
-    computes logits for the last column alone.
+    Taken by a hook while the outermost wrapper runs, so that data parallelism sees its forward
+    pass; the wrapper itself computes logits for the last column alone.
     """
     bare, seen = unwrapped(model), []
 
@@ -119,7 +125,9 @@ def last_hidden(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def only_positions(bare: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
-    """Within, the model's head sees [1, N, H], the hidden states at (rows, columns), instead of [B, T, H]."""
+    """Within, the model's head sees [1, N, H], the hidden states at (rows, columns), instead of [B,
+    T, H].
+    """
 
     def select(module: Any, arguments: Any) -> tuple[torch.Tensor]:
         return (arguments[0][rows, columns][None],)
@@ -132,7 +140,9 @@ def only_positions(bare: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iter
 
 
 def has_linear_head(bare: Any) -> bool:
-    """Whether the logits are exactly the output embedding of what the decoder returns; probed once per model."""
+    """Whether the logits are exactly the output embedding of what the decoder returns; probed once
+    per model.
+    """
     if bare not in LINEAR_HEADS:
         LINEAR_HEADS[bare] = probe_head(bare)
     return LINEAR_HEADS[bare]
@@ -140,7 +150,9 @@ def has_linear_head(bare: Any) -> bool:
 
 @torch.no_grad()
 def probe_head(bare: Any) -> bool:
-    """Runs the model on two tokens and compares bit for bit: decoder to head, and head to logits."""
+    """Runs the model on two tokens and compares bit for bit: decoder to head, and head to
+    logits.
+    """
     if "logits_to_keep" not in signature(bare.forward).parameters:
         return False
     seen: dict[str, torch.Tensor] = {}
@@ -166,7 +178,9 @@ def probe_head(bare: Any) -> bool:
 
 
 def head_logprobs(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log p of `targets` [N] given `hidden` [N, H], [N]; logits of a chunk live only while it is worked on."""
+    """log p of `targets` [N] given `hidden` [N, H], [N]; logits of a chunk live only while it is
+    worked on.
+    """
     size = max(1, CHUNK_VALUES // head.weight.shape[0])
 
     def chunk(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -200,7 +214,9 @@ def token_budget_batches(lengths: Sequence[int], *, budget: int) -> Iterator[lis
 
 
 def default_budget(device: torch.device) -> int:
-    """Padded tokens of a scoring batch: enough to make dequantizing 4-bit weights cheap beside the matmuls."""
+    """Padded tokens of a scoring batch: enough to make dequantizing 4-bit weights cheap beside the
+    matmuls.
+    """
     return 4096 if device.type == "cpu" else 32768
 
 

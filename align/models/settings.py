@@ -1,4 +1,6 @@
-"""Settings of the base model and of the adapter that is trained on it; values and comments are in conf/."""
+"""Settings of the base model and of the adapter that is trained on it; values and comments are in
+conf/.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +12,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """`dtype` "auto" is float32 on CPU, bfloat16 on a GPU; it is the compute dtype of a quantized base."""
+    """`dtype` "auto" is float32 on CPU, bfloat16 on a GPU; it is the compute dtype of a quantized
+    base.
+    """
 
     name: str
     revision: str | None

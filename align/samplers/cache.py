@@ -1,4 +1,6 @@
-"""A key-value cache that grows in blocks: appending a token copies one column, not the whole past."""
+"""A key-value cache that grows in blocks: appending a token copies one column, not the whole
+past.
+"""
 
 from typing import Any
 
@@ -9,14 +11,16 @@ from transformers.cache_utils import DynamicLayer
 SPARE = 32  # positions allocated ahead
 
 
-class RoomyLayer(DynamicLayer):
-    """transformers' DynamicLayer with spare room behind the past, so that most updates allocate nothing.
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """transformers' DynamicLayer with spare room behind the past, so that most updates allocate
+    nothing.
 
-    On a CPU the concatenation of every layer's past at every token is the largest cost of decoding a small model.
+    On a CPU the concatenation of every layer's past at every token is the largest cost of decoding
+    a small model.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
         self.rooms: list[torch.Tensor] = []
 
     def update(
@@ -28,7 +32,11 @@ class RoomyLayer(DynamicLayer):
             keys, values = super().update(key_states, value_states, *args, **kwargs)
             return keys, values
         if not self.rooms or self.rooms[0].shape[-2] < past + new:
-            self.rooms = [roomier(held, past + new + SPARE) for held in (self.keys, self.values)]
+            self.rooms = [
+                roomier(held, past + new + SPARE)
+                for held in (self.keys, self.values)
+                if held is not None
+            ]
         for room, states in zip(self.rooms, (key_states, value_states), strict=True):
             room[:, :, past : past + new] = states
         self.keys, self.values = (room[:, :, : past + new] for room in self.rooms)
@@ -52,7 +60,11 @@ def roomier(held: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def roomy_cache(config: Any) -> DynamicCache:
-    """The cache that the model's configuration asks for, its plain layers replaced by roomy ones."""
+    """The cache that the model's configuration asks for, its plain layers replaced by roomy
+    ones.
+    """
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [
+        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
     return cache

@@ -1,8 +1,9 @@
-"""In-process sampling: prompts prefilled once for all their samples, finished rows dropped, noise drawn per token.
+"""In-process sampling: prompts prefilled once for all their samples, finished rows dropped, noise
+drawn per token.
 
-The token at a position is the inverse of the distribution function at one uniform number that depends on
-(seed, prompt id, sample, position) alone. Batches are laid out from all prompts before looking at what is done,
-so a resumed run computes the same batches, down to the rounding.
+The token at a position is the inverse of the distribution function at one uniform number that
+depends on (seed, prompt id, sample, position) alone. Batches are laid out from all prompts before
+looking at what is done, so a resumed run computes the same batches, down to the rounding.
 """
 
 import hashlib
@@ -22,13 +23,16 @@ from align.records import Candidate, Prompt, Response
 from align.samplers.cache import roomy_cache
 from align.samplers.settings import Hf
 
-# Rows are dropped from the cache when this share of them is finished: copying the cache costs something too.
+# Rows are dropped from the cache when this share of them is finished: copying the cache costs
+# something too.
 DROP_SHARE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which prompts go together: `batches[i]` holds indices into the prompts, longest prompts first."""
+    """Which prompts go together: `batches[i]` holds indices into the prompts, longest prompts
+    first.
+    """
 
     batches: "tuple[array[int], ...]"
     max_prompt_tokens: int
@@ -36,7 +40,9 @@ class Layout:
 
 @dataclass(kw_only=True)
 class Row:
-    """One answer in the making: which prompt of the batch, which sample, its noise, and what was drawn."""
+    """One answer in the making: which prompt of the batch, which sample, its noise, and what was
+    drawn.
+    """
 
     prompt: int
     sample: int
@@ -57,10 +63,13 @@ def lay_out(
     room = window(model) - settings.max_new_tokens
     if room < 1:
         raise StageError(
-            f"max_new_tokens={settings.max_new_tokens}: the model's window is {window(model)} tokens, which "
+            f"max_new_tokens={settings.max_new_tokens}: the model's window is {window(model)} "
+            "tokens, which "
             "leaves no room for a prompt; lower it"
         )
-    lengths = array("l", (len(encode_prompt(tokenizer, p.messages, max_tokens=room).ids) for p in prompts))
+    lengths = array(
+        "l", (len(encode_prompt(tokenizer, p.messages, max_tokens=room).ids) for p in prompts)
+    )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     size = max(1, settings.batch_size // settings.n)
     batches = tuple(array("l", order[i : i + size]) for i in range(0, len(order), size))
@@ -80,14 +89,21 @@ def sample(
     """The candidates of one batch after the other, the first `skip` batches left out."""
     for batch in layout.batches[skip:]:
         chosen = [prompts[i] for i in batch]
-        encoded = [encode_prompt(tokenizer, p.messages, max_tokens=layout.max_prompt_tokens) for p in chosen]
+        encoded = [
+            encode_prompt(tokenizer, p.messages, max_tokens=layout.max_prompt_tokens)
+            for p in chosen
+        ]
         rows = [
             Row(prompt=i, sample=k, noise=noise(seed, prompt.id, k, settings.max_new_tokens))
             for i, prompt in enumerate(chosen)
             for k in range(settings.n)
         ]
         draw(model, tokenizer, [e.ids for e in encoded], rows, settings=settings)
-        described = {"name": settings.name, "temperature": settings.temperature, "top_p": settings.top_p}
+        described = {
+            "name": settings.name,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+        }
         yield [
             Candidate(
                 id=prompt.id,
@@ -103,15 +119,25 @@ def sample(
 def noise(
     seed: int, prompt_id: str, sample: int, length: int
 ) -> numpy.ndarray[Any, numpy.dtype[numpy.float64]]:
-    """Uniform numbers in [0, 1), one per position, from a counter-based generator keyed by its arguments."""
-    digest = hashlib.sha256(f"{seed}/{sample}/{prompt_id}".encode("utf-8", "surrogatepass")).digest()
-    return numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(digest[:16]))).random(length)
+    """Uniform numbers in [0, 1), one per position, from a counter-based generator keyed by its
+    arguments.
+    """
+    digest = hashlib.sha256(
+        f"{seed}/{sample}/{prompt_id}".encode("utf-8", "surrogatepass")
+    ).digest()
+    return numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(digest[:16]))).random(
+        length
+    )
 
 
 def finished(row: Row, tokenizer: PreTrainedTokenizerBase, seed: int) -> Response:
     text = tokenizer.decode(row.tokens, skip_special_tokens=True)
     return Response(
-        text=str(text).strip(), finish=row.finish, tokens=tuple(row.tokens), logprob=row.logprob, seed=seed
+        text=str(text).strip(),
+        finish=row.finish,
+        tokens=tuple(row.tokens),
+        logprob=row.logprob,
+        seed=seed,
     )
 
 
@@ -126,7 +152,8 @@ def draw(
 ) -> None:
     """Fills `rows` in place, token by token, `settings.n` rows for each of `prompts`."""
     width = max(len(ids) for ids in prompts)
-    # Left padding, so that every row's next token stands in the same column; the mask comes from the lengths.
+    # Left padding, so that every row's next token stands in the same column; the mask comes from
+    # the lengths.
     lengths = torch.tensor([len(ids) for ids in prompts], device=model.device)
     mask = (torch.arange(width, device=model.device)[None, :] >= (width - lengths)[:, None]).long()
     padded = [[0] * (width - len(ids)) + list(ids) for ids in prompts]
@@ -156,7 +183,9 @@ def draw(
             return
         # 3. Finished rows leave the batch once there are enough of them.
         if sum(done) > DROP_SHARE * len(done):
-            keep = torch.tensor([i for i, over in enumerate(done) if not over], device=logits.device)
+            keep = torch.tensor(
+                [i for i, over in enumerate(done) if not over], device=logits.device
+            )
             cache.batch_select_indices(keep)
             tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
             alive = [row for row, over in zip(alive, done, strict=True) if not over]
@@ -189,7 +218,8 @@ def forward(
 def next_tokens(
     logits: torch.Tensor, uniform: torch.Tensor, *, settings: Hf
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws one token a row; returns (token ids, their log-probabilities under what was drawn from).
+    """Draws one token a row; returns (token ids, their log-probabilities under what was drawn
+    from).
 
     Args:
         logits: [rows, V].
@@ -207,17 +237,23 @@ def next_tokens(
     if settings.top_p < 1:
         logits = TopPLogitsWarper(settings.top_p)(no_ids, logits)
     logprobs = logits.log_softmax(-1)
-    # float64: in float32 the sum of a large vocabulary's probabilities misses the rare tokens at its end
+    # float64: in float32 the sum of a large vocabulary's probabilities misses the rare tokens at
+    # its end
     cumulative = logprobs.double().exp().cumsum(-1)
     total = cumulative[:, -1:]
-    # Below the total, so that rounding can never point behind the last token that has any probability.
-    target = torch.minimum(uniform.double()[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    # Below the total, so that rounding can never point behind the last token that has any
+    # probability.
+    target = torch.minimum(
+        uniform.double()[:, None] * total, total.nextafter(torch.zeros_like(total))
+    )
     tokens = torch.searchsorted(cumulative, target, right=True)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that ends an answer: the generation config's, the tokenizer's, and the template's."""
+    """Every token that ends an answer: the generation config's, the tokenizer's, and the
+    template's.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return {int(i) for i in (*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}

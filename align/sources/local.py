@@ -1,4 +1,6 @@
-"""Reads local JSONL, JSON-lines-like and parquet files as dicts, each with the place that an error can name."""
+"""Reads local JSONL, JSON-lines-like and parquet files as dicts, each with the place that an error
+can name.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

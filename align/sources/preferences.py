@@ -12,7 +12,9 @@ PROVIDES = Preference
 
 
 def read(path: Path, *, settings: Source) -> Iterator[Preference]:
-    """One pair a row: `messages` or `prompt`, `chosen`, `rejected`, and if known `p` and `margin`."""
+    """One pair a row: `messages` or `prompt`, `chosen`, `rejected`, and if known `p` and
+    `margin`.
+    """
 
     def from_json(line: Mapping[str, Any], *, number: int = 0) -> Preference:
         return Preference.from_json(last_turns(line), number=number)
@@ -21,7 +23,9 @@ def read(path: Path, *, settings: Source) -> Iterator[Preference]:
 
 
 def last_turns(line: Mapping[str, Any]) -> Mapping[str, Any]:
-    """TRL's conversational form too: `chosen` and `rejected` as lists of turns whose last one is the answer."""
+    """TRL's conversational form too: `chosen` and `rejected` as lists of turns whose last one is
+    the answer.
+    """
     plain = dict(line)
     for key in ("chosen", "rejected"):
         turns = line.get(key)

@@ -1,7 +1,8 @@
 """QA-Feedback: human comparisons of four model answers to a question over Wikipedia passages.
 
-Wu et al. 2023, Fine-Grained Human Feedback (arXiv:2306.01693); files {train,dev}_feedback.json of allenai/FineGrainedRLHF.
-`preference` holds six comparisons in the order 1v2, 1v3, 1v4, 2v3, 2v4, 3v4: 0 equal, 1 first better, 2 second better.
+Wu et al. 2023, Fine-Grained Human Feedback (arXiv:2306.01693); files {train,dev}_feedback.json of
+allenai/FineGrainedRLHF. `preference` holds six comparisons in the order 1v2, 1v3, 1v4, 2v3, 2v4,
+3v4: 0 equal, 1 first better, 2 second better.
 """
 
 import json
@@ -27,7 +28,9 @@ def read(path: Path, *, settings: Source) -> Iterator[Preference]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON ({error}); give {{train,dev}}_feedback.json of the release") from error
+        raise DataError(
+            f"{path}: not JSON ({error}); give {{train,dev}}_feedback.json of the release"
+        ) from error
     if not isinstance(entries, list):
         raise DataError(f"{path}: not a list; give {{train,dev}}_feedback.json of the release")
     for number, entry in enumerate(entries, start=1):
@@ -57,7 +60,8 @@ def preferences(entry: Mapping[str, Any], number: int) -> Iterator[Preference]:
 def prompt_text(passages: Sequence[Sequence[str]], question: str) -> str:
     """Passages first and the question last, so that a cut from the left keeps the question.
 
-    A passage is a list [title, sentence, …]; the release puts the title at the head of the first sentence too.
+    A passage is a list [title, sentence, …]; the release puts the title at the head of the first
+    sentence too.
     """
     texts = [" ".join(" ".join(sentences).split()) for _, *sentences in passages]
     return "\n\n".join([*texts, f"Question: {question}"])

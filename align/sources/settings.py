@@ -21,7 +21,9 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.path is None:
-            raise ConfigError(f"data={self.name}: no file to read; type data.path=FILE (.jsonl or .parquet)")
+            raise ConfigError(
+                f"data={self.name}: no file to read; type data.path=FILE (.jsonl or .parquet)"
+            )
         check_file("data.path", self.path)
         check_file("data.test_path", self.test_path)
         if self.limit is not None:

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 def divergence(settings: EvaluateStage, pairs: "Sequence[Pair]", adapter: Path) -> dict[str, float]:
     """KL to the reference on the policy's own answers, and the gap to the full-precision base.
 
-        KL = mean over answers y ~ policy of sum_t log policy(y_t | x, y_<t) - log reference(y_t | x, y_<t)
+        KL = mean over answers y ~ policy of sum_t log policy(y_t | x, y_<t) - log reference(y_t |
+        x, y_<t)
 
-    In nats per answer; an unbiased estimate of KL(policy || reference) (the k1 estimator), so it can be slightly
-    negative by chance. The gap is the mean over tokens of |log p (quantized base) - log p (full-precision base)|.
+    In nats per answer; an unbiased estimate of KL(policy || reference) (the k1 estimator), so it
+    can be slightly negative by chance. The gap is the mean over tokens of |log p (quantized base) -
+    log p (full-precision base)|.
     """
     model = load_adapter(load_model(settings.model), adapter)
     rows = policy_rows(settings.model, model, pairs)
@@ -35,8 +37,11 @@ def divergence(settings: EvaluateStage, pairs: "Sequence[Pair]", adapter: Path) 
     metrics = {"evaluate/kl": float(ratios.mean())}
     tokens = numpy.array([len(row.completion) for row in rows])
     sampled = numpy.array([pair.after.logprob for pair in pairs])
-    # The sampler's own log-probabilities against the scorer's: a large gap means that sampling and training differ.
-    metrics["evaluate/sampler_gap"] = float(numpy.mean(numpy.abs(sampled - numpy.array(policy)) / tokens))
+    # The sampler's own log-probabilities against the scorer's: a large gap means that sampling and
+    # training differ.
+    metrics["evaluate/sampler_gap"] = float(
+        numpy.mean(numpy.abs(sampled - numpy.array(policy)) / tokens)
+    )
     few = settings.precision_samples
     if few and settings.model.quantization != "none":
         full = load_adapter(load_model(replace(settings.model, quantization="none")), adapter)

@@ -1,4 +1,6 @@
-"""Measures the policy against the model it started from: both answered the same prompts, judged blind in both orders."""
+"""Measures the policy against the model it started from: both answered the same prompts, judged
+blind in both orders.
+"""
 
 import asyncio
 import hashlib
@@ -22,7 +24,9 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """What the model said to one prompt before and after; `swapped`: the judge is shown the new answer first."""
+    """What the model said to one prompt before and after; `swapped`: the judge is shown the new
+    answer first.
+    """
 
     prompt: Prompt
     before: Response
@@ -36,7 +40,9 @@ class Pair:
 
 
 def run(settings: EvaluateStage, inputs: dict[str, Path], out: Path) -> None:
-    """Writes comparisons.jsonl, judge.json and metrics.json (flat, fractions 0 to 1, nats, no durations)."""
+    """Writes comparisons.jsonl, judge.json and metrics.json (flat, fractions 0 to 1, nats, no
+    durations).
+    """
     pairs = list(read_pairs(inputs, settings.seed))
     metrics: Metrics = {"evaluate/n": len(pairs)}
     metrics["evaluate/length_before"] = float(numpy.mean([p.before.length for p in pairs]))
@@ -44,10 +50,10 @@ def run(settings: EvaluateStage, inputs: dict[str, Path], out: Path) -> None:
     trained = read_json(inputs["train"] / "metrics.json")
     if "train/held_out_accuracy" in trained:
         metrics["evaluate/held_out_accuracy"] = trained["train/held_out_accuracy"]
-    verdicts: list[Verdict | None] = [None] * len(pairs)
+    verdicts: list[Verdict] | list[None] = [None] * len(pairs)
     if settings.judge is not None:
-        verdicts = list(asyncio.run(judge_all(settings, pairs)))
-        metrics |= verdict_metrics(pairs, verdicts, settings)
+        verdicts = found = asyncio.run(judge_all(settings, pairs))
+        metrics |= verdict_metrics(pairs, found, settings)
     with (out / "comparisons.jsonl").open("wb") as file:
         file.writelines(dump_line(row(p, v)) for p, v in zip(pairs, verdicts, strict=True))
     name = None if settings.judge is None else settings.judge.name
@@ -63,7 +69,10 @@ def read_pairs(inputs: dict[str, Path], seed: int) -> Iterator[Pair]:
     after = read_records(inputs["after"] / "candidates.jsonl", Candidate.from_json)
     for old, new in zip(before, after, strict=True):
         assert old.id == new.id, "both were sampled from the same prompts"
-        coin = hashlib.sha256(f"{seed}/evaluate/{old.id}".encode("utf-8", "surrogatepass")).digest()[0] % 2
+        coin = (
+            hashlib.sha256(f"{seed}/evaluate/{old.id}".encode("utf-8", "surrogatepass")).digest()[0]
+            % 2
+        )
         yield Pair(
             prompt=Prompt(id=old.id, messages=old.messages, meta=old.meta),
             before=old.responses[0],
@@ -101,27 +110,37 @@ def scores(verdict: Verdict, side: int) -> dict[str, float]:
 def verdict_metrics(
     pairs: Sequence[Pair], verdicts: Sequence[Verdict], settings: EvaluateStage
 ) -> Metrics:
-    """Win rate (ties count half), length-controlled win rate, and each criterion before and after."""
-    judged = [(pair, v, p) for pair, v in zip(pairs, verdicts, strict=True) if (p := p_after(v)) is not None]
-    p = numpy.array([p for _, _, p in judged])
-    metrics: Metrics = {f"evaluate/{status}": float(sum(v.status == status for v in verdicts)) for status in STATUSES if status not in (OK, TIE)}
+    """Win rate (ties count half), length-controlled win rate, and each criterion before and
+    after.
+    """
+    judged = [
+        (pair, v, p)
+        for pair, v in zip(pairs, verdicts, strict=True)
+        if (p := p_after(v)) is not None
+    ]
+    chances = numpy.array([p for _, _, p in judged])
+    metrics: Metrics = {
+        f"evaluate/{status}": float(sum(v.status == status for v in verdicts))
+        for status in STATUSES
+        if status not in (OK, TIE)
+    }
     metrics["evaluate/n_judged"] = len(judged)
     if not judged:
         return metrics
-    rate = win_rate(p, seed=settings.seed, resamples=settings.resamples)
+    rate = win_rate(chances, seed=settings.seed, resamples=settings.resamples)
     metrics |= {
         "evaluate/win_rate": rate.mean,
         "evaluate/win_rate_low": rate.low,
         "evaluate/win_rate_high": rate.high,
-        "evaluate/ties": float(numpy.mean(p == 0.5)),
+        "evaluate/ties": float(numpy.mean(chances == 0.5)),
         "evaluate/inconsistent": float(numpy.mean([not v.consistent for _, v, _ in judged])),
         "evaluate/win_rate_length_controlled": length_controlled_win_rate(
-            p,
+            chances,
             length_after=numpy.array([pair.after.length for pair, _, _ in judged]),
             length_before=numpy.array([pair.before.length for pair, _, _ in judged]),
         ),
     }
-    return metrics | criteria_metrics([v for _, v, _ in judged], p, settings)
+    return metrics | criteria_metrics([v for _, v, _ in judged], chances, settings)
 
 
 def criteria_metrics(verdicts: Sequence[Verdict], p: Any, settings: EvaluateStage) -> Metrics:
@@ -144,9 +163,13 @@ def criteria_metrics(verdicts: Sequence[Verdict], p: Any, settings: EvaluateStag
                 metrics[f"evaluate/correct_{side}"] = interval.mean
                 metrics[f"evaluate/correct_{side}_low"] = interval.low
                 metrics[f"evaluate/correct_{side}_high"] = interval.high
-    manners = getattr(named_module("align.judge", settings.judge.name, settings.judge.module), "MANNERS", ())
+    manners = getattr(
+        named_module("align.judge", settings.judge.name, settings.judge.module), "MANNERS", ()
+    )
     if manners:
-        equal = numpy.array([all(b[m] == a[m] for m in manners) for b, a in zip(before, after, strict=True)])
+        equal = numpy.array(
+            [all(b[m] == a[m] for m in manners) for b, a in zip(before, after, strict=True)]
+        )
         metrics["evaluate/n_equal_manners"] = float(equal.sum())
         if equal.any():
             metrics["evaluate/win_rate_equal_manners"] = float(p[equal].mean())
@@ -158,7 +181,12 @@ def row(pair: Pair, verdict: Verdict | None) -> dict[str, Any]:
 
     def side(response: Response, index: int) -> dict[str, Any]:
         marks = scores(verdict, index) if verdict else {}
-        return {"text": response.text, "length": response.length, "finish": response.finish, "scores": marks}
+        return {
+            "text": response.text,
+            "length": response.length,
+            "finish": response.finish,
+            "scores": marks,
+        }
 
     return {
         "v": 1,

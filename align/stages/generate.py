@@ -17,7 +17,8 @@ BATCHES = "batches.jsonl"
 def run(settings: GenerateStage, inputs: dict[str, Path], out: Path) -> None:
     """Writes candidates.jsonl, one line a prompt in the prompts' order, and counts.json.
 
-    Finished batches are appended to batches.jsonl as they come; a resumed run goes on after the last whole one.
+    Finished batches are appended to batches.jsonl as they come; a resumed run goes on after the
+    last whole one.
     """
     if not (out / CANDIDATES).exists():
         order = sample_batches(settings, inputs, out / BATCHES)
@@ -25,7 +26,9 @@ def run(settings: GenerateStage, inputs: dict[str, Path], out: Path) -> None:
     (out / BATCHES).unlink(missing_ok=True)
     counts = count(out / CANDIDATES)
     if counts["empty"] == counts["responses"]:
-        raise StageError("every sampled answer is empty; check model.chat_template and the model itself")
+        raise StageError(
+            "every sampled answer is empty; check model.chat_template and the model itself"
+        )
     write_json(out / "counts.json", counts)
 
 
@@ -64,7 +67,9 @@ def sample_batches(settings: GenerateStage, inputs: dict[str, Path], path: Path)
 
 
 def put_in_order(source: Path, order: list[int], target: Path) -> None:
-    """Copies lines so that the one of prompt 0 comes first; the target appears whole or not at all."""
+    """Copies lines so that the one of prompt 0 comes first; the target appears whole or not at
+    all.
+    """
     lines = IndexedRecords(source, Candidate.from_json)
     partial = target.with_suffix(".partial")
     line_of = {prompt: line for line, prompt in enumerate(order)}
@@ -77,7 +82,16 @@ def put_in_order(source: Path, order: list[int], target: Path) -> None:
 def count(path: Path) -> dict[str, int]:
     """What was sampled, in numbers."""
     counts = dict.fromkeys(
-        ("prompts", "responses", "duplicates", "empty", "cut_prompts", "finished_by_length", "tokens"), 0
+        (
+            "prompts",
+            "responses",
+            "duplicates",
+            "empty",
+            "cut_prompts",
+            "finished_by_length",
+            "tokens",
+        ),
+        0,
     )
     for candidate in read_records(path, Candidate.from_json):
         texts = [response.text for response in candidate.responses]

@@ -21,7 +21,9 @@ def run(settings: HoldOutStage, inputs: dict[str, Path], out: Path) -> None:
     prompts = held_out_prompts(inputs["preferences"] / "preferences.jsonl", settings.share)
     lines = [dump_line(prompt.to_json()) for prompt in islice(prompts, settings.limit)]
     if not lines:
-        raise StageError(f"algorithm.held_out={settings.share}: holds no prompt out of these; raise it")
+        raise StageError(
+            f"algorithm.held_out={settings.share}: holds no prompt out of these; raise it"
+        )
     (out / "prompts.jsonl").write_bytes(b"".join(lines))
     write_json(out / "counts.json", {"prompts": len(lines)})
 

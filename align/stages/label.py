@@ -41,7 +41,9 @@ def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
 
 
 def told(counts: dict[str, Any]) -> str:
-    return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status]) or "none"
+    return (
+        ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status]) or "none"
+    )
 
 
 def distinct(candidate: Candidate) -> list[int]:
@@ -54,8 +56,12 @@ def distinct(candidate: Candidate) -> list[int]:
 
 
 def comparisons(candidate: Candidate, *, label: Label, seed: int) -> list[Comparison]:
-    """The pairs to be judged. Who comes first is drawn too, so that no judge can lean on the order of sampling."""
-    digest = hashlib.sha256(f"{seed}/label/{candidate.id}".encode("utf-8", "surrogatepass")).digest()
+    """The pairs to be judged. Who comes first is drawn too, so that no judge can lean on the order
+    of sampling.
+    """
+    digest = hashlib.sha256(
+        f"{seed}/label/{candidate.id}".encode("utf-8", "surrogatepass")
+    ).digest()
     rng = random.Random(int.from_bytes(digest[:8]))
     pairs = list(combinations(distinct(candidate), 2))
     if label.pairs == "random":
@@ -77,7 +83,9 @@ def comparisons(candidate: Candidate, *, label: Label, seed: int) -> list[Compar
     return made
 
 
-async def judge_all(settings: LabelStage, candidates: IndexedRecords[Candidate], path: Path) -> None:
+async def judge_all(
+    settings: LabelStage, candidates: IndexedRecords[Candidate], path: Path
+) -> None:
     """Appends the verdicts that `path` does not hold yet, in blocks."""
     judge = named_module("align.judge", settings.judge.name, settings.judge.module)
     with JsonlAppender(path) as appender:
@@ -111,7 +119,9 @@ def read_verdicts(path: Path) -> Iterator[Verdict]:
 def write_preferences(
     settings: LabelStage, candidates: IndexedRecords[Candidate], out: Path
 ) -> dict[str, Any]:
-    """preferences.jsonl in the candidates' order; returns the counts, those that became no data included."""
+    """preferences.jsonl in the candidates' order; returns the counts, those that became no data
+    included.
+    """
     verdicts: dict[str, list[Verdict]] = {}
     counts: Counter[str] = Counter()
     for verdict in read_verdicts(out / VERDICTS):
@@ -120,7 +130,10 @@ def write_preferences(
         counts["inconsistent"] += not verdict.consistent
     with (out / "preferences.jsonl").open("wb") as file:
         for candidate in candidates:
-            ordered = sorted(verdicts.get(candidate.id, []), key=lambda v: (min(v.first, v.second), max(v.first, v.second)))
+            ordered = sorted(
+                verdicts.get(candidate.id, []),
+                key=lambda v: (min(v.first, v.second), max(v.first, v.second)),
+            )
             for preference in preferences(candidate, ordered, label=settings.label):
                 file.write(dump_line(preference.to_json()))
                 counts["preferences"] += 1
@@ -128,7 +141,10 @@ def write_preferences(
             counts["empty"] += sum(not text for text in texts)
             counts["duplicates"] += len(texts) - len(set(texts))
     names = (*STATUSES, "inconsistent", "preferences", "empty", "duplicates")
-    return {"comparisons": sum(counts[s] for s in STATUSES), **{name: counts[name] for name in names}}
+    return {
+        "comparisons": sum(counts[s] for s in STATUSES),
+        **{name: counts[name] for name in names},
+    }
 
 
 def preferences(
@@ -154,7 +170,9 @@ def preferences(
             judge=verdict.judge,
             meta={
                 **candidate.meta,
-                "chosen_index": chosen, "rejected_index": rejected, "consistent": verdict.consistent,
+                "chosen_index": chosen,
+                "rejected_index": rejected,
+                "consistent": verdict.consistent,
             },
         )
 

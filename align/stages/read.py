@@ -1,4 +1,6 @@
-"""Reads a source into records: every line is checked here, once, and later stages read plain JSONL."""
+"""Reads a source into records: every line is checked here, once, and later stages read plain
+JSONL.
+"""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -37,7 +39,8 @@ def run(settings: ReadStage, inputs: dict[str, Path], out: Path) -> None:
 
 
 def checked(records: Iterable[Record], *, kind: type[Record], path: str) -> Iterator[Record]:
-    """The records, their ids unique among prompts; pairs of one prompt share an id, so theirs need not be.
+    """The records, their ids unique among prompts; pairs of one prompt share an id, so theirs need
+    not be.
 
     Raises:
         DataError: see above.
@@ -45,17 +48,20 @@ def checked(records: Iterable[Record], *, kind: type[Record], path: str) -> Iter
     seen: set[str] = set()
     for number, record in enumerate(records, start=1):
         if kind is not Preference and record.id in seen:
-            raise DataError(f"{path}: record {number}: the id {record.id!r} was used before; make ids unique")
+            raise DataError(
+                f"{path}: record {number}: the id {record.id!r} was used before; make ids unique"
+            )
         seen.add(record.id)
         yield record
 
 
 def write(records: Iterable[Record], path: Path) -> int:
-    """Writes the file anew (reading is quick, so it does not resume) and returns its number of lines."""
+    """Writes the file anew (reading is quick, so it does not resume) and returns its number of
+    lines.
+    """
     count = 0
     with path.open("wb") as file:
         for record in records:
             file.write(dump_line(record.to_json()))
             count += 1
     return count
-

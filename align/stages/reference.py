@@ -1,4 +1,6 @@
-"""Tokenizes preferences once and scores them under the base model: the reference, cached for later trainings."""
+"""Tokenizes preferences once and scores them under the base model: the reference, cached for later
+trainings.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,7 +80,9 @@ def run(settings: ReferenceStage, inputs: dict[str, Path], out: Path) -> None:
     model = load_model(settings.model)
     length = min(settings.max_length or window(model), window(model))
     if not (out / PAIRS).exists():
-        tokenize(load_tokenizer(settings.model), inputs["preferences"], out / PAIRS, max_length=length)
+        tokenize(
+            load_tokenizer(settings.model), inputs["preferences"], out / PAIRS, max_length=length
+        )
     rows: Any = Dataset.from_file(str(out / PAIRS))
     if not settings.score:
         nothing = torch.zeros(len(rows))
@@ -95,7 +99,8 @@ def run(settings: ReferenceStage, inputs: dict[str, Path], out: Path) -> None:
     write_json(out / "counts.json", counts)
     print(
         f"{counts['pairs']} pairs of at most {length} tokens: {counts['prompts_cut']} prompts cut "
-        f"from the left, answers cut in {counts['completions_cut']}; reference: {counts['reference']}",
+        f"from the left, answers cut in {counts['completions_cut']}; reference: "
+        f"{counts['reference']}",
         flush=True,
     )
 

@@ -19,7 +19,9 @@ UNSHAPING = {"fingerprint": "ignore"}
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """Which of a prompt's candidates are compared, and what becomes of ties. Values are in conf/config.yaml."""
+    """Which of a prompt's candidates are compared, and what becomes of ties. Values are in
+    conf/config.yaml.
+    """
 
     pairs: str
     k: int

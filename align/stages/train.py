@@ -1,4 +1,6 @@
-"""Trains the policy: the base with a fresh adapter, on pairs that were tokenized and scored before."""
+"""Trains the policy: the base with a fresh adapter, on pairs that were tokenized and scored
+before.
+"""
 
 from pathlib import Path
 from typing import Any

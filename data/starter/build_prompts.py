@@ -1,4 +1,6 @@
-"""Writes prompts.jsonl (training) and test.jsonl (held out): `python data/starter/build_prompts.py`, a second."""
+"""Writes prompts.jsonl (training) and test.jsonl (held out): `python
+data/starter/build_prompts.py`, a second.
+"""
 
 import json
 import random

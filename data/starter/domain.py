@@ -1,7 +1,9 @@
-"""The starter's world: draws facts of a telework agreement and renders prompts and answers from wording.yaml.
+"""The starter's world: draws facts of a telework agreement and renders prompts and answers from
+wording.yaml.
 
 What is held out for the test, so that copying has to be learnt rather than remembered:
-a fifth of the values of every kind but `days_per_week`, and a quarter of the pairs (clause wording, question wording).
+a fifth of the values of every kind but `days_per_week`, and a quarter of the pairs (clause wording,
+question wording).
 """
 
 import hashlib
@@ -46,7 +48,9 @@ VALUES = {
 
 @dataclass(frozen=True)
 class Case:
-    """Facts and wordings of one prompt; `asked` is not among `facts` when the agreement is silent."""
+    """Facts and wordings of one prompt; `asked` is not among `facts` when the agreement is
+    silent.
+    """
 
     facts: dict[str, str]
     clause_wording: dict[str, int]
@@ -112,7 +116,9 @@ def draw_case(rng: random.Random, *, test: bool, silent: float = 0.2) -> Case:
 
 
 def draw_cases(rng: random.Random, n: int, *, test: bool, avoid: set[Any]) -> list[Case]:
-    """`n` cases whose facts are not in `avoid`; their own facts are added to it when they are test cases."""
+    """`n` cases whose facts are not in `avoid`; their own facts are added to it when they are test
+    cases.
+    """
     cases: list[Case] = []
     while len(cases) < n:
         case = draw_case(rng, test=test)
@@ -131,7 +137,9 @@ def right_claim(rng: random.Random, case: Case) -> str:
 
 
 def wrong_claim(rng: random.Random, case: Case) -> str:
-    """A made-up value, a neighbour clause's value, every value at once, or silence where there is a rule."""
+    """A made-up value, a neighbour clause's value, every value at once, or silence where there is a
+    rule.
+    """
     answers = WORDING["kinds"][case.asked]["answers"]
     made_up = [v for v in VALUES[case.asked, False] if v != case.gold]
     others = [k for k in case.facts if k != case.asked]
@@ -144,12 +152,16 @@ def wrong_claim(rng: random.Random, case: Case) -> str:
     if draw < 0.88:
         listed = rng.sample(others, 2) + ([case.asked] if case.gold is not None else [])
         rng.shuffle(listed)
-        return " ".join(fill(rng.choice(WORDING["kinds"][k]["answers"]), case.facts[k]) for k in listed)
+        return " ".join(
+            fill(rng.choice(WORDING["kinds"][k]["answers"]), case.facts[k]) for k in listed
+        )
     return str(rng.choice(WORDING["silence"]))
 
 
 def draw_answer(rng: random.Random, case: Case, *, right: float) -> str:
-    """An answer whose facts (right with probability `right`), courtesy and length are drawn independently."""
+    """An answer whose facts (right with probability `right`), courtesy and length are drawn
+    independently.
+    """
     claim = right_claim(rng, case) if rng.random() < right else wrong_claim(rng, case)
     manner = WORDING["manners"][rng.choice(MANNERS)]
     padding = rng.sample(WORDING["padding"], 1) if rng.random() < 0.3 else []
@@ -160,4 +172,6 @@ def draw_answer(rng: random.Random, case: Case, *, right: float) -> str:
 
 
 def restatement(case: Case, rng: random.Random) -> str:
-    return " ".join(fill(rng.choice(WORDING["kinds"][k]["answers"]), v) for k, v in case.facts.items())
+    return " ".join(
+        fill(rng.choice(WORDING["kinds"][k]["answers"]), v) for k, v in case.facts.items()
+    )

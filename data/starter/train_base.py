@@ -1,9 +1,10 @@
 """Trains the starter's base model from nothing: `python data/starter/train_base.py`, seeded.
 
-A small Llama learns in three parts. Lessons: right answers only, several questions to one agreement, so that copying
-from the prompt emerges early. Silence: the same with half of the questions about what the agreement leaves out. Mixed:
-demonstrations in which facts, courtesy and length are good or bad independently of each other. The result knows how to
-be right and is right less than half of the time.
+A small Llama learns in three parts. Lessons: right answers only, several questions to one
+agreement, so that copying from the prompt emerges early. Silence: the same with half of the
+questions about what the agreement leaves out. Mixed: demonstrations in which facts, courtesy and
+length are good or bad independently of each other. The result knows how to be right and is right
+less than half of the time.
 """
 
 import argparse
@@ -38,7 +39,9 @@ def draw_training_case(rng: random.Random, avoid: set[object], silent: float = 0
 
 
 def lesson(rng: random.Random, avoid: set[object]) -> Turns:
-    """One agreement, all of its clauses asked about in turn and answered rightly, sometimes summed up first."""
+    """One agreement, all of its clauses asked about in turn and answered rightly, sometimes summed
+    up first.
+    """
     case = draw_training_case(rng, avoid)
     turns: Turns = [(case.text(), draw_answer(rng, case, right=1.0))]
     if rng.random() < 0.2:
@@ -52,7 +55,12 @@ def lesson(rng: random.Random, avoid: set[object]) -> Turns:
                 if (case.clause_wording[kind] + 2 * q) % 4 != 0
             ]
             follow_up = Case(case.facts, case.clause_wording, kind, rng.choice(allowed), 0, 0)
-            turns.append((WORDING["kinds"][kind]["questions"][follow_up.question_wording], right_claim(rng, follow_up)))
+            turns.append(
+                (
+                    WORDING["kinds"][kind]["questions"][follow_up.question_wording],
+                    right_claim(rng, follow_up),
+                )
+            )
     return turns
 
 
@@ -61,7 +69,9 @@ def silence_lesson(rng: random.Random, avoid: set[object]) -> Turns:
     case = draw_training_case(rng, avoid, silent=0.5)
     turns: Turns = [(case.text(), draw_answer(rng, case, right=1.0))]
     if rng.random() < 0.5:
-        absent = rng.choice([kind for kind in KINDS if kind not in case.facts and kind != case.asked])
+        absent = rng.choice(
+            [kind for kind in KINDS if kind not in case.facts and kind != case.asked]
+        )
         question = rng.randrange(len(WORDING["kinds"][absent]["questions"]))
         follow_up = Case(case.facts, case.clause_wording, absent, question, 0, 0)
         turns.append((WORDING["kinds"][absent]["questions"][question], right_claim(rng, follow_up)))
@@ -79,12 +89,17 @@ def train_tokenizer(size: int) -> PreTrainedTokenizerFast:
     texts += [answer for _ in range(3000) for _, answer in demonstration(rng, set(), 0.5)]
     bpe = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -108,14 +123,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, turns: Turns) -> tuple[list[int],
     return ids, labels
 
 
-def batches(rng: random.Random, tokenizer: PreTrainedTokenizerFast, draw: Callable[[random.Random, set[object]], Turns], tokens: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(
+    rng: random.Random,
+    tokenizer: PreTrainedTokenizerFast,
+    draw: Callable[[random.Random, set[object]], Turns],
+    tokens: int,
+) -> Iterator[dict[str, torch.Tensor]]:
     """Padded batches of about `tokens` tokens each, cut from pools sorted by length."""
     avoid: set[object] = {case.key() for case in test_cases()}
     while True:
-        pool = [
-            encode(tokenizer, draw(rng, avoid))
-            for _ in range(512)
-        ]
+        pool = [encode(tokenizer, draw(rng, avoid)) for _ in range(512)]
         pool.sort(key=lambda row: len(row[0]))
         cut: list[list[tuple[list[int], list[int]]]] = [[]]
         for row in pool:
@@ -127,21 +144,38 @@ def batches(rng: random.Random, tokenizer: PreTrainedTokenizerFast, draw: Callab
             width = max(len(ids) for ids, _ in rows)
             yield {
                 "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]),
-                "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]),
-                "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows]),
+                "attention_mask": torch.tensor(
+                    [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]
+                ),
+                "labels": torch.tensor(
+                    [labels + [-100] * (width - len(labels)) for _, labels in rows]
+                ),
             }
 
 
-def fit(model: LlamaForCausalLM, stream: Iterator[dict[str, torch.Tensor]], *, budget: int, lr: float, name: str) -> None:
+def fit(
+    model: LlamaForCausalLM,
+    stream: Iterator[dict[str, torch.Tensor]],
+    *,
+    budget: int,
+    lr: float,
+    name: str,
+) -> None:
     """AdamW with warm-up and cosine decay until `budget` tokens were seen."""
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.98),
+    )
     seen, step, running, started = 0, 0, 0.0, time.time()
     while seen < budget:
         batch = next(stream)
         progress = seen / budget
-        factor = min(1.0, (step + 1) / 150) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+        factor = min(1.0, (step + 1) / 150) * (
+            0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
         loss = model(**batch).loss
@@ -153,40 +187,83 @@ def fit(model: LlamaForCausalLM, stream: Iterator[dict[str, torch.Tensor]], *, b
         step += 1
         running = 0.98 * running + 0.02 * loss.item() if step > 1 else loss.item()
         if step % 100 == 0:
-            print(f"{name} step {step} tokens {seen / 1e6:.2f}M loss {running:.4f} {seen / (time.time() - started):.0f} tokens/s", flush=True)
+            print(
+                f"{name} step {step} tokens {seen / 1e6:.2f}M loss {running:.4f} "
+                f"{seen / (time.time() - started):.0f} tokens/s",
+                flush=True,
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE / "model")
     parser.add_argument("--lessons", type=float, default=14e6, help="tokens of right answers")
-    parser.add_argument("--silence", type=float, default=4e6, help="tokens of right answers, half of them silent")
-    parser.add_argument("--mixed", type=float, default=3e6, help="tokens of mixed answers")
-    parser.add_argument("--right", type=float, default=0.43, help="share of right facts in the mixed part")
+    parser.add_argument(
+        "--silence", type=float, default=2.5e6, help="tokens of right answers, half of them silent"
+    )
+    parser.add_argument("--mixed", type=float, default=2.5e6, help="tokens of mixed answers")
+    parser.add_argument(
+        "--right", type=float, default=0.43, help="share of right facts in the mixed part"
+    )
     parser.add_argument("--start", type=Path, help="a model saved after the lessons; skips them")
     args = parser.parse_args()
     torch.manual_seed(SEED)
     # The shipped tokenizer, where it stands: a merge more or less would move every token id.
     shipped = (HERE / "model" / "tokenizer.json").exists()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / "model") if shipped else train_tokenizer(1024)
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(HERE / "model")
+        if shipped
+        else train_tokenizer(1024)
+    )
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10000.0,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        vocab_size=1024,
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        rope_theta=10000.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
     )
     if args.start:
         model = LlamaForCausalLM.from_pretrained(args.start, dtype=torch.float32)
     else:
         model = LlamaForCausalLM(config)
         print(f"{model.num_parameters() / 1e6:.2f}M parameters", flush=True)
-        fit(model, batches(random.Random(SEED), tokenizer, lesson, 4096), budget=int(args.lessons), lr=2e-3, name="lessons")
+        fit(
+            model,
+            batches(random.Random(SEED), tokenizer, lesson, 4096),
+            budget=int(args.lessons),
+            lr=2e-3,
+            name="lessons",
+        )
         model.save_pretrained(args.out.with_name(args.out.name + "-lessons"))
-    fit(model, batches(random.Random(SEED + 2), tokenizer, silence_lesson, 4096), budget=int(args.silence), lr=1e-3, name="silence")
+    fit(
+        model,
+        batches(random.Random(SEED + 2), tokenizer, silence_lesson, 4096),
+        budget=int(args.silence),
+        lr=1e-3,
+        name="silence",
+    )
 
     def mixed(rng: random.Random, avoid: set[object]) -> Turns:
-        return silence_lesson(rng, avoid) if rng.random() < 0.1 else demonstration(rng, avoid, args.right)
+        return (
+            silence_lesson(rng, avoid)
+            if rng.random() < 0.1
+            else demonstration(rng, avoid, args.right)
+        )
 
-    fit(model, batches(random.Random(SEED + 1), tokenizer, mixed, 4096), budget=int(args.mixed), lr=1e-3, name="mixed")
+    fit(
+        model,
+        batches(random.Random(SEED + 1), tokenizer, mixed, 4096),
+        budget=int(args.mixed),
+        lr=1e-3,
+        name="mixed",
+    )
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 

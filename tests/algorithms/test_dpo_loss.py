@@ -15,11 +15,17 @@ from align.algorithms.dpo_loss import (
 )
 
 
-def pair(chosen_ratio: float, rejected_ratio: float, *, lengths: tuple[int, int] = (1, 1)) -> PairLogprobs:
-    """One pair whose log-ratios are as given; the reference's own log-probabilities are -7 and -5."""
+def pair(
+    chosen_ratio: float, rejected_ratio: float, *, lengths: tuple[int, int] = (1, 1)
+) -> PairLogprobs:
+    """One pair whose log-ratios are as given; the reference's own log-probabilities are -7 and
+    -5.
+    """
     return PairLogprobs(
         policy_chosen=torch.tensor([chosen_ratio - 7.0], dtype=torch.float64, requires_grad=True),
-        policy_rejected=torch.tensor([rejected_ratio - 5.0], dtype=torch.float64, requires_grad=True),
+        policy_rejected=torch.tensor(
+            [rejected_ratio - 5.0], dtype=torch.float64, requires_grad=True
+        ),
         reference_chosen=torch.tensor([-7.0], dtype=torch.float64),
         reference_rejected=torch.tensor([-5.0], dtype=torch.float64),
         chosen_length=torch.tensor([float(lengths[0])]),
@@ -37,7 +43,9 @@ def test_sigmoid_at_a_margin_of_log_3_is_log_of_4_thirds() -> None:
 
 
 def test_sigmoid_with_smoothing_of_a_quarter() -> None:
-    """q = 3/4 at sigmoid(m) = 3/4: the entropy of (3/4, 1/4), 2 log 2 - 3/4 log 3, the least there is."""
+    """q = 3/4 at sigmoid(m) = 3/4: the entropy of (3/4, 1/4), 2 log 2 - 3/4 log 3, the least there
+    is.
+    """
     q = soft_label(SURE, label_smoothing=0.25)
     pairs = pair(math.log(3), -math.log(3))
     loss = sigmoid_loss(pairs, beta=0.5, q=q)
@@ -68,7 +76,9 @@ def test_ipo_with_a_soft_label_wants_a_smaller_gap() -> None:
     assert pairs.policy_chosen.grad.item() == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize(("ratio", "expected"), [(0.0, 1.0), (1.0, 0.5), (2.0, 0.0), (5.0, 0.0), (-2.0, 2.0)])
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(0.0, 1.0), (1.0, 0.5), (2.0, 0.0), (5.0, 0.0), (-2.0, 2.0)]
+)
 def test_hinge_is_idle_beyond_a_margin_of_one(ratio: float, expected: float) -> None:
     assert hinge_loss(pair(ratio, 0), beta=0.5, q=SURE).item() == pytest.approx(expected)
 

@@ -1,4 +1,6 @@
-"""Training on pairs: the same gradient however a batch is split, the same end however often it is killed."""
+"""Training on pairs: the same gradient however a batch is split, the same end however often it is
+killed.
+"""
 
 import copy
 import json
@@ -55,7 +57,9 @@ def rows(count: int) -> Any:
 def scored(base: Any, *, train: int = 18, held_out: int = 6) -> PairData:
     """Random pairs with the base's own log-probabilities as reference."""
     table = rows(train + held_out)
-    batch = collate_pairs([{**row, "reference_chosen": 0.0, "reference_rejected": 0.0} for row in table])
+    batch = collate_pairs(
+        [{**row, "reference_chosen": 0.0, "reference_rejected": 0.0} for row in table]
+    )
     with torch.no_grad():
         found = sequence_logprobs(
             base, input_ids=batch["input_ids"], response_mask=batch["response_mask"]
@@ -77,9 +81,7 @@ def train(model: Model, lora: Lora, out: Path, *, settings: Dpo = SETTINGS) -> N
 
 
 def left(out: Path) -> dict[str, bytes]:
-    return {
-        p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()
-    }
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
 def curves(out: Path) -> list[dict[str, float]]:
@@ -101,7 +103,9 @@ def test_pairs_are_learnt_and_nothing_that_runs_code_is_left(
         "metrics.json",
         "reference.json",
     ]
-    timed = {key for line in curves(tmp_path) for key in line if "runtime" in key or "second" in key}
+    timed = {
+        key for line in curves(tmp_path) for key in line if "runtime" in key or "second" in key
+    }
     assert not timed
 
 
@@ -118,9 +122,7 @@ def test_the_kept_adapter_is_the_best_measurements(tiny: Model, lora: Lora, tmp_
     chosen, rejected = sequence_logprobs(
         policy, input_ids=batch["input_ids"], response_mask=batch["response_mask"]
     ).chunk(2)
-    margin = 0.1 * (
-        chosen - batch["reference_chosen"] - rejected + batch["reference_rejected"]
-    )
+    margin = 0.1 * (chosen - batch["reference_chosen"] - rejected + batch["reference_rejected"])
     assert margin.mean().item() == pytest.approx(metrics["train/held_out_margin"], abs=1e-5)
 
 
@@ -220,7 +222,9 @@ def test_a_loss_that_is_no_number_ends_the_run(
         train(tiny, lora, tmp_path)
 
 
-@pytest.mark.parametrize(("wanted", "processes", "expected"), [(4, 1, 4), (3, 1, 2), (8, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize(
+    ("wanted", "processes", "expected"), [(4, 1, 4), (3, 1, 2), (8, 2, 2), (1, 4, 1)]
+)
 def test_a_micro_batch_that_does_not_divide_is_lowered(
     wanted: int, processes: int, expected: int
 ) -> None:
@@ -297,9 +301,7 @@ class TestQuantizedBase:
         )
         chosen, rejected = found.chunk(2)
         (chosen - rejected).sum().backward()
-        return torch.cat(
-            [p.grad.flatten() for p in policy.parameters() if p.requires_grad]
-        ).clone()
+        return torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad]).clone()
 
     def test_adapters_are_float32_and_move_at_a_learning_rate_of_1e_6(
         self, tiny_nf4: Model, lora: Lora
@@ -316,7 +318,9 @@ class TestQuantizedBase:
     def test_a_measurement_without_gradients_leaves_the_gradient_alone(
         self, tiny_nf4: Model, lora: Lora
     ) -> None:
-        """On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights then, and backward loses them."""
+        """On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights then, and backward loses
+        them.
+        """
         policy = self.policy(tiny_nf4, lora)
         before = self.gradient(policy)
         policy.eval()
@@ -351,13 +355,22 @@ class TestQuantizedBase:
 
         base = load_model(tiny_nf4)
         data = scored(base)
-        packed = copy.deepcopy({k: v for k, v in base.state_dict().items() if v.dtype == torch.uint8})
-        policy = Policy(model=add_lora(base, settings=lora, seed=1), tokenizer=None, reference="base")
+        packed = copy.deepcopy(
+            {k: v for k, v in base.state_dict().items() if v.dtype == torch.uint8}
+        )
+        policy = Policy(
+            model=add_lora(base, settings=lora, seed=1), tokenizer=None, reference="base"
+        )
         dpo.train(policy, data, settings=replace(SETTINGS, evaluations=1), out=tmp_path)
         after = base.state_dict()
         assert packed
         assert all(
-            torch.equal(value, after[key.replace(".weight", ".base_layer.weight")] if key not in after else after[key])
+            torch.equal(
+                value,
+                after[key.replace(".weight", ".base_layer.weight")]
+                if key not in after
+                else after[key],
+            )
             for key, value in packed.items()
             if key in after or key.replace(".weight", ".base_layer.weight") in after
         )
@@ -379,7 +392,9 @@ def test_the_trainers_gradient_is_the_mean_over_pairs(
     class Spy(PreferenceTrainer):
         def _clip_grad_norm(self, model: Any) -> Any:
             if not seen:
-                seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+                seen.update(
+                    {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+                )
                 seen["rows"] = torch.tensor(list(self._get_train_sampler())[:4])
             return super()._clip_grad_norm(model)
 
@@ -397,7 +412,9 @@ def test_the_trainers_gradient_is_the_mean_over_pairs(
         )
         ratio = chosen - batch["reference_chosen"] - rejected + batch["reference_rejected"]
         p = batch["p"]
-        total = total - (p * torch.sigmoid(0.1 * ratio).log() + (1 - p) * torch.sigmoid(-0.1 * ratio).log())
+        total = total - (
+            p * torch.sigmoid(0.1 * ratio).log() + (1 - p) * torch.sigmoid(-0.1 * ratio).log()
+        )
     (total / 4).sum().backward()
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:

@@ -22,7 +22,11 @@ from align.records import Message, Preference
 PREFERENCES = {
     "unequal lengths": [
         ("How many days may I work from home?", "Three days a week.", "No."),
-        ("Who pays for travel?", "You do.", "The employer pays for all of it, whatever the distance."),
+        (
+            "Who pays for travel?",
+            "You do.",
+            "The employer pays for all of it, whatever the distance.",
+        ),
     ],
     "one-token answers": [("Yes or no?", "", "!"), ("And now?", "?", "")],
     "truncation": [

@@ -1,4 +1,6 @@
-"""The rubric judge: one right claim and nothing else is right; the order of its criteria is strict."""
+"""The rubric judge: one right claim and nothing else is right; the order of its criteria is
+strict.
+"""
 
 import asyncio
 import itertools
@@ -57,7 +59,7 @@ def test_a_higher_criterion_outweighs_all_lower_ones_together():
 def judged(prompt: Prompt, first: str, second: str):
     async def once():
         comparison = Comparison(prompt=prompt, first=first, second=second)
-        return [verdict async for verdict in compare([comparison], settings=SETTINGS)][0]
+        return await anext(compare([comparison], settings=SETTINGS))
 
     return asyncio.run(once())
 
@@ -66,7 +68,9 @@ NOTICE = Prompt.from_json({"prompt": "?", "meta": {"asked": "notice", "gold": "1
 
 
 def test_rude_and_right_beats_polite_and_wrong():
-    verdict = judged(NOTICE, "Thank you for asking. It is 15 days.", "Read it yourself. It is 14 days.")
+    verdict = judged(
+        NOTICE, "Thank you for asking. It is 15 days.", "Read it yourself. It is 14 days."
+    )
     assert verdict.p_first == 0.0 and verdict.consistent and verdict.status == "ok"
 
 

@@ -1,4 +1,6 @@
-"""Conversations become the template's own tokens, cut where it hurts least, and no text can end a turn."""
+"""Conversations become the template's own tokens, cut where it hurts least, and no text can end a
+turn.
+"""
 
 from typing import Any
 
@@ -11,7 +13,8 @@ from align.records import Message, Preference
 TEMPLATES = {
     "starter": None,
     "llama 2": (
-        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} "
+        "[/INST]"
         "{% elif m['role'] == 'system' %}<<SYS>>{{ m['content'] }}<</SYS>>"
         "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
     ),
@@ -50,12 +53,12 @@ def test_a_prompt_is_what_the_template_makes_of_it(styled: Any) -> None:
 
 
 def test_a_completion_goes_on_where_the_prompt_ends(styled: Any) -> None:
-    """Up to the end of turn; a template may put white space before it that is no part of the answer."""
+    """Up to the end of turn; a template may put white space before it that is no part of the
+    answer.
+    """
     answer = Message(role="assistant", content="Twelve days, in the EU.")
     whole = plain(styled, (*CONVERSATION, answer))
-    ours = (
-        encode_prompt(styled, CONVERSATION).ids + encode_completion(styled, answer.content)[:-1]
-    )
+    ours = encode_prompt(styled, CONVERSATION).ids + encode_completion(styled, answer.content)[:-1]
     assert whole[: len(ours)] == ours
     assert styled.decode(whole[len(ours) :]).strip() in ("<|end|>", "")
     assert encode_completion(styled, "Yes.")[-1] == end_of_turn(styled) == styled.eos_token_id

@@ -97,9 +97,7 @@ def test_equal_the_naive_logits_with_an_adapter(make: Any) -> None:
             torch.nn.init.normal_(parameter, std=0.3)
     policy = policy.double().eval()
     batch = collate(rows())
-    found = sequence_logprobs(
-        policy, input_ids=batch.input_ids, response_mask=batch.response_mask
-    )
+    found = sequence_logprobs(policy, input_ids=batch.input_ids, response_mask=batch.response_mask)
     expected = torch.stack([naive(policy, row).sum() for row in rows()])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
@@ -110,9 +108,7 @@ def test_padding_changes_no_logprob() -> None:
     short = collate(rows()[:1])
     wide = torch.cat([short.input_ids, torch.full((1, 9), 17)], dim=1)
     mask = torch.cat([short.response_mask, torch.zeros(1, 9, dtype=torch.bool)], dim=1)
-    alone = sequence_logprobs(
-        model, input_ids=short.input_ids, response_mask=short.response_mask
-    )
+    alone = sequence_logprobs(model, input_ids=short.input_ids, response_mask=short.response_mask)
     padded = sequence_logprobs(model, input_ids=wide, response_mask=mask)
     torch.testing.assert_close(alone, padded, rtol=0, atol=1e-12)
 
@@ -142,7 +138,11 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_has_a_logit_for_every_position(make: Any, monkeypatch: Any) -> None:
     vocabulary, positions = 4096, 64
     shape = {**SHAPE, "vocab_size": vocabulary}
-    config = GraniteConfig(**shape, logits_scaling=4.0) if make is GraniteForCausalLM else LlamaConfig(**shape)
+    config = (
+        GraniteConfig(**shape, logits_scaling=4.0)
+        if make is GraniteForCausalLM
+        else LlamaConfig(**shape)
+    )
     model = make(config)
     long = [Row(prompt=list(range(3, 3 + positions - 4)), completion=[5, 6, 7, 2])] * 4
     batch = collate(long)
@@ -151,7 +151,8 @@ def test_no_tensor_has_a_logit_for_every_position(make: Any, monkeypatch: Any) -
         sequence_logprobs(
             model, input_ids=batch.input_ids, response_mask=batch.response_mask
         ).sum().backward()
-    # The largest is the gradient of the embedding, [V, H], or the logits of the 16 tokens that count.
+    # The largest is the gradient of the embedding, [V, H], or the logits of the 16 tokens that
+    # count.
     assert seen.elements <= vocabulary * SHAPE["hidden_size"]
     assert seen.elements < 4 * positions * vocabulary / 4
 

@@ -17,7 +17,14 @@ RELEASE = Path(__file__).parents[3] / "shared" / "data" / "qa_feedback" / "dev_f
 
 
 def settings(path: Path, **changes) -> Preferences:
-    given = {"name": "preferences", "module": None, "path": str(path), "test_path": None, "limit": None, "max_length": None}
+    given = {
+        "name": "preferences",
+        "module": None,
+        "path": str(path),
+        "test_path": None,
+        "limit": None,
+        "max_length": None,
+    }
     return Preferences(**{**given, **changes})
 
 
@@ -33,7 +40,10 @@ def test_parquet_and_jsonl_give_the_same_records(tmp_path):
 def test_the_conversational_form_of_trl_is_read(tmp_path):
     path = tmp_path / "p.jsonl"
     turn = {"role": "user", "content": "q"}
-    row = {"chosen": [turn, {"role": "assistant", "content": "a"}], "rejected": [turn, {"role": "assistant", "content": "b"}]}
+    row = {
+        "chosen": [turn, {"role": "assistant", "content": "a"}],
+        "rejected": [turn, {"role": "assistant", "content": "b"}],
+    }
     path.write_text(json.dumps(row) + "\n")
     (read,) = preferences.read(path, settings=settings(path))
     assert (read.messages[0].content, read.chosen, read.rejected) == ("q", "a", "b")
@@ -53,17 +63,28 @@ def test_an_id_used_twice_an_empty_file_and_a_limit(tmp_path):
     path.write_text(row * 3)
     from align.sources.settings import Prompts
 
-    given = {"name": "prompts", "module": None, "path": str(path), "test_path": None, "limit": None, "max_length": None}
+    given = {
+        "name": "prompts",
+        "module": None,
+        "path": str(path),
+        "test_path": None,
+        "limit": None,
+        "max_length": None,
+    }
     with pytest.raises(DataError, match="record 2: the id '1' was used before"):
         run(ReadStage(source=Prompts(**given), test=False, limit=None), {}, tmp_path)
     run(ReadStage(source=settings(path), test=False, limit=2), {}, tmp_path)
-    assert len((tmp_path / "preferences.jsonl").read_text().splitlines()) == 2, "pairs may share a prompt"
+    assert len((tmp_path / "preferences.jsonl").read_text().splitlines()) == 2, (
+        "pairs may share a prompt"
+    )
     path.write_text("\n")
     with pytest.raises(DataError, match="no preferences in it"):
         run(ReadStage(source=settings(path), test=False, limit=None), {}, tmp_path)
 
 
-@pytest.mark.skipif(not RELEASE.exists(), reason="the QA-Feedback release is not beside the project")
+@pytest.mark.skipif(
+    not RELEASE.exists(), reason="the QA-Feedback release is not beside the project"
+)
 def test_qa_feedback_gives_each_strict_human_vote_once_with_the_question_last():
     entries = json.loads(RELEASE.read_text())
     rows = list(qa_feedback.read(RELEASE, settings=settings(RELEASE)))

@@ -1,4 +1,6 @@
-"""Preferences in plenty, and the settings that tiny trainings share; `python tests/stages/pairs.py` runs one."""
+"""Preferences in plenty, and the settings that tiny trainings share; `python tests/stages/pairs.py`
+runs one.
+"""
 
 import json
 import random

@@ -20,7 +20,9 @@ def candidate(*texts: str, id: str = "a") -> Candidate:
 
 
 def verdict(first: int, second: int, p: float | None, status: str = "ok") -> Verdict:
-    return Verdict(id="a", first=first, second=second, status=status, p_first=p, consistent=True, judge="t")
+    return Verdict(
+        id="a", first=first, second=second, status=status, p_first=p, consistent=True, judge="t"
+    )
 
 
 def test_equal_and_empty_answers_are_not_compared():
@@ -37,8 +39,12 @@ def test_the_number_of_comparisons_is_as_configured(pairs, count):
 
 def test_who_is_shown_first_is_a_fair_draw_that_a_second_run_repeats():
     label = Label(pairs="random", k=1, ties="drop")
-    drawn = [comparisons(candidate("x", "y", id=str(i)), label=label, seed=3)[0] for i in range(400)]
-    again = [comparisons(candidate("x", "y", id=str(i)), label=label, seed=3)[0] for i in range(400)]
+    drawn = [
+        comparisons(candidate("x", "y", id=str(i)), label=label, seed=3)[0] for i in range(400)
+    ]
+    again = [
+        comparisons(candidate("x", "y", id=str(i)), label=label, seed=3)[0] for i in range(400)
+    ]
     assert drawn == again
     assert 160 < Counter(c.first for c in drawn)["x"] < 240
 
@@ -115,18 +121,29 @@ def test_a_run_killed_in_the_middle_ends_like_an_undisturbed_one_and_asks_nothin
         log = str(scripted / f"{name}.log")
         if stop:
             with pytest.raises(RuntimeError):
-                run(LabelStage(label=ALL, judge=Scripted(log=log, stop_after=stop), seed=0), inputs, out)
+                run(
+                    LabelStage(label=ALL, judge=Scripted(log=log, stop_after=stop), seed=0),
+                    inputs,
+                    out,
+                )
             with (out / "verdicts.jsonl").open("ab") as file:
                 file.write(b'{"v": 1, "id": "9')
         run(LabelStage(label=ALL, judge=Scripted(log=log), seed=0), inputs, out)
         results.append((out / "preferences.jsonl").read_bytes())
         counts = json.loads((out / "counts.json").read_text())
-        assert counts["comparisons"] == 900 and counts["refusal"] == 600 and counts["preferences"] == 300
+        assert (
+            counts["comparisons"] == 900
+            and counts["refusal"] == 600
+            and counts["preferences"] == 300
+        )
         assert counts["cost_usd"] == 450.0
     assert results[0] == results[1]
     asked = len((scripted / "killed.log").read_text().splitlines())
     assert asked <= 900 + 256, "at most the block that was not written yet is asked again"
-    assert all(p.chosen == "bbbbbb" for p in read_records(scripted / "whole" / "preferences.jsonl", Preference.from_json))
+    assert all(
+        p.chosen == "bbbbbb"
+        for p in read_records(scripted / "whole" / "preferences.jsonl", Preference.from_json)
+    )
 
 
 def test_labels_that_teach_nothing_stop_the_run_with_counts(scripted):
@@ -135,11 +152,15 @@ def test_labels_that_teach_nothing_stop_the_run_with_counts(scripted):
     out = scripted / "out"
     out.mkdir()
     settings = LabelStage(label=ALL, judge=Scripted(log=str(scripted / "log")), seed=0)
-    with pytest.raises(StageError, match="none of 1 comparisons became a preference .1 refusal."):
+    with pytest.raises(
+        StageError, match=r"none of 1 comparisons became a preference \(1 refusal\)"
+    ):
         run(settings, {"candidates": folder}, out)
 
 
 def test_prompts_keep_what_a_judge_needs_to_know():
-    row = Candidate.from_json({"id": "a", "prompt": "?", "responses": ["x", "y"], "meta": {"gold": "14"}})
+    row = Candidate.from_json(
+        {"id": "a", "prompt": "?", "responses": ["x", "y"], "meta": {"gold": "14"}}
+    )
     assert isinstance(comparisons(row, label=ALL, seed=0)[0].prompt, Prompt)
     assert comparisons(row, label=ALL, seed=0)[0].prompt.meta == {"gold": "14"}

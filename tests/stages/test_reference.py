@@ -54,7 +54,11 @@ def test_rows_stand_in_the_order_of_the_preferences(tiny: Model, tmp_path: Path)
     counts = json.loads((out / "counts.json").read_text())
     assert counts["pairs"] == 32 and counts["prompts_cut"] == counts["completions_cut"] == 0
     assert counts["reference"] == "base model, adapter off"
-    assert sorted(p.name for p in out.iterdir()) == ["counts.json", "pairs.arrow", "reference.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "counts.json",
+        "pairs.arrow",
+        "reference.safetensors",
+    ]
 
 
 def test_cuts_are_counted(tiny: Model, tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def test_two_processes_train_as_one(tiny_nf4: Model, scored: Path, tmp_path: Pat
     for out in (one, two):
         out.mkdir()
     train.run(train_stage(tiny_nf4), {"reference": scored}, one)
-    # accelerate has no flag for several processes on CPUs; its launcher for GPUs takes them with this variable.
+    # accelerate has no flag for several processes on CPUs; its launcher for GPUs takes them with
+    # this variable.
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1",
         "--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}",
