@@ -69,9 +69,10 @@ def spawn(
         },
     )
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [*accelerate_command(launch, processes), "-m", "align.rank", str(request)]
-    child = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+    child = subprocess.Popen(
+        command, env=accelerate_environment(threads), preexec_fn=die_with_parent
+    )
     try:
         status = child.wait()
     except KeyboardInterrupt:
@@ -87,20 +88,27 @@ def spawn(
 
 
 def accelerate_command(launch: Launch, processes: int) -> list[str]:
-    import torch
-
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={processes}"]
-    command += [
+    """`accelerate launch` and its options; the module to run follows."""
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        f"--num_processes={processes}",
         "--num_machines=1",
         f"--mixed_precision={launch.mixed_precision}",
         "--dynamo_backend=no",
+        f"--main_process_port={free_port()}",
+        # accelerate has no flag for several processes on CPUs; its launcher for GPUs takes them
+        # when ACCELERATE_USE_CPU is set.
+        *(["--multi_gpu"] if processes > 1 else []),
     ]
-    command += [f"--main_process_port={free_port()}"]
-    if not torch.cuda.is_available():
-        command.append("--cpu")
-    if processes > 1:
-        command.append("--multi_gpu" if torch.cuda.is_available() else "--multi_cpu")
-    return command
+
+
+def accelerate_environment(threads: int) -> dict[str, str]:
+    import torch
+
+    cpu = {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
+    return {**os.environ, **cpu, "OMP_NUM_THREADS": str(threads)}
 
 
 def free_port() -> int:

@@ -3,6 +3,7 @@ No Hydra here.
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def main(request_file: str) -> None:
     try:
         named_module("align.stages", step.stage).run(step.settings, inputs, Path(request["out"]))
     except AlignError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 

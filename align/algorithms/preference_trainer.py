@@ -185,9 +185,18 @@ class PreferenceTrainer(Trainer):
 
 
 SUMMED = (
-    "pairs", "loss", "accuracy", "reward_margin", "chosen_reward", "rejected_reward", "chosen_logps",
-    "rejected_logps", "kl", "chosen_drop", "chosen_tokens",
-)  # fmt: skip
+    "pairs",
+    "loss",
+    "accuracy",
+    "reward_margin",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_logps",
+    "rejected_logps",
+    "kl",
+    "chosen_drop",
+    "chosen_tokens",
+)
 
 
 def summed(pairs: PairLogprobs, results: Results) -> Sums:

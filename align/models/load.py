@@ -3,6 +3,7 @@ only.
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,21 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from align.errors import ConfigError
 from align.models.settings import Model
 
 # Where a configuration names no window (state-space models), sequences are still held to something.
 UNKNOWN_WINDOW = 4096
+
+
+def quiet() -> None:
+    """Leaves the terminal to our own progress: no bar per file, no advice meant for developers."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    # peft 0.21 reads attributes that transformers 5 renamed
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 def default_device() -> torch.device:
@@ -67,6 +77,7 @@ def load_model(settings: Model, *, device: torch.device | None = None) -> Any:
     Raises:
         ConfigError: no such model, or one without safetensors weights.
     """
+    quiet()
     device = device or default_device()
     dtype = compute_dtype(settings, device)
     try:

@@ -28,11 +28,26 @@ from align.models.logprobs import sequence_logprobs
 from align.models.settings import Lora, Model
 
 SETTINGS = Dpo(
-    name="dpo", module=None, epochs=2, batch_size=4, micro_batch_size=4, learning_rate=1e-2,
-    schedule="cosine", warmup=0.1, weight_decay=0.0, max_grad_norm=1.0, optimizer="adamw",
-    gradient_checkpointing=False, held_out=0.2, evaluations=3, max_drop=50.0, loss="sigmoid", beta=0.1,
-    label_smoothing=0.0, soft_labels=True,
-)  # fmt: skip
+    name="dpo",
+    module=None,
+    epochs=2,
+    batch_size=4,
+    micro_batch_size=4,
+    learning_rate=1e-2,
+    schedule="cosine",
+    warmup=0.1,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    optimizer="adamw",
+    gradient_checkpointing=False,
+    held_out=0.2,
+    evaluations=3,
+    max_drop=50.0,
+    loss="sigmoid",
+    beta=0.1,
+    label_smoothing=0.0,
+    soft_labels=True,
+)
 
 
 def rows(count: int) -> Any:
@@ -47,10 +62,14 @@ def rows(count: int) -> Any:
         length = len(prompt) + max(len(chosen), len(rejected))
         made.append(
             {
-                "id": str(i), "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected,
-                "length": length, "p": float(draw.choice([0.6, 0.8, 1.0])),
+                "id": str(i),
+                "prompt_ids": prompt,
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "length": length,
+                "p": float(draw.choice([0.6, 0.8, 1.0])),
             }
-        )  # fmt: skip
+        )
     return Dataset.from_list(made)
 
 

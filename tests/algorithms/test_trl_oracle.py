@@ -60,9 +60,16 @@ def trl_trainer(policy: Any, base: Any, tokenizer: Any, case: str, *, loss: str,
         for record in records(case)
     ]
     args = DPOConfig(
-        output_dir=str(out), loss_type=loss, beta=0.3, max_length=MAX_LENGTH.get(case, 200), use_cpu=True,
-        report_to="none", bf16=False, gradient_checkpointing=False, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(out),
+        loss_type=loss,
+        beta=0.3,
+        max_length=MAX_LENGTH.get(case, 200),
+        use_cpu=True,
+        report_to="none",
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
     trainer = DPOTrainer(
         model=base,
         args=args,
@@ -117,8 +124,10 @@ def test_loss_and_gradients_are_trls(
         for row, record in zip(rows, records(case), strict=True):
             pair = encode_pair(tokenizer, record, max_length=200)
             assert (list(pair.prompt), list(pair.chosen), list(pair.rejected)) == (
-                row["prompt_ids"], row["chosen_ids"], row["rejected_ids"],
-            )  # fmt: skip
+                row["prompt_ids"],
+                row["chosen_ids"],
+                row["rejected_ids"],
+            )
     expected = trainer.compute_loss(trainer.model, batch)
     expected.backward()
     found = ours(policy, batch, loss=loss)

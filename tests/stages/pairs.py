@@ -12,11 +12,26 @@ from align.models.settings import Lora, Model
 from align.stages.settings import ReferenceStage, TrainStage
 
 ALGORITHM = Dpo(
-    name="dpo", module=None, epochs=2, batch_size=4, micro_batch_size=2, learning_rate=1e-3,
-    schedule="cosine", warmup=0.1, weight_decay=0.0, max_grad_norm=1.0, optimizer="adamw",
-    gradient_checkpointing=False, held_out=0.3, evaluations=4, max_drop=50.0, loss="sigmoid", beta=0.1,
-    label_smoothing=0.0, soft_labels=True,
-)  # fmt: skip
+    name="dpo",
+    module=None,
+    epochs=2,
+    batch_size=4,
+    micro_batch_size=2,
+    learning_rate=1e-3,
+    schedule="cosine",
+    warmup=0.1,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    optimizer="adamw",
+    gradient_checkpointing=False,
+    held_out=0.3,
+    evaluations=4,
+    max_drop=50.0,
+    loss="sigmoid",
+    beta=0.1,
+    label_smoothing=0.0,
+    soft_labels=True,
+)
 LORA = Lora(name="lora", rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
 
 
@@ -34,10 +49,16 @@ def write_preferences(folder: Path, *, prompts: int = 16, pairs: int = 2) -> Pat
         prompt = text(30)
         for k in range(pairs):
             record = {
-                "v": 1, "id": f"p{i}", "messages": [{"role": "user", "content": prompt}],
-                "chosen": f"{text(12)} {k}", "rejected": f"{text(12)} no", "p": draw.choice([0.7, 1.0]),
-                "margin": None, "judge": "", "meta": {"only": i} if k else {},
-            }  # fmt: skip
+                "v": 1,
+                "id": f"p{i}",
+                "messages": [{"role": "user", "content": prompt}],
+                "chosen": f"{text(12)} {k}",
+                "rejected": f"{text(12)} no",
+                "p": draw.choice([0.7, 1.0]),
+                "margin": None,
+                "judge": "",
+                "meta": {"only": i} if k else {},
+            }
             lines.append(json.dumps(record))
     (folder / "preferences.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

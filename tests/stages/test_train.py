@@ -93,13 +93,25 @@ def test_two_processes_train_as_one(tiny_nf4: Model, scored: Path, tmp_path: Pat
     # accelerate has no flag for several processes on CPUs; its launcher for GPUs takes them with
     # this variable.
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1",
-        "--multi_gpu", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes=2",
+        "--num_machines=1",
+        "--multi_gpu",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        f"--main_process_port={free_port()}",
+    ]
     done = subprocess.run(
         [*launch, *command(tiny_nf4, scored, two)],
-        cwd=ROOT, env={**environment(), "ACCELERATE_USE_CPU": "true"}, timeout=240, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**environment(), "ACCELERATE_USE_CPU": "true"},
+        timeout=240,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert left(one).keys() == left(two).keys()
     for here, there in zip(curves(one), curves(two), strict=True):
