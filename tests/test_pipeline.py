@@ -193,7 +193,6 @@ def test_the_adapter_loads_with_plain_peft_and_scores_the_samplers_own_numbers(f
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
     model = AutoModelForCausalLM.from_pretrained(
