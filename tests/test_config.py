@@ -160,7 +160,7 @@ def test_started_by_torchrun_it_says_what_to_type_instead():
 
 def test_cfg_job_prints_a_configuration_that_can_be_read_back():
     answer = run("recipe=dpo", "--cfg", "job", "--resolve")
-    assert read_config(yaml.safe_load(answer.stdout)).algorithm.beta == 0.1
+    assert read_config(yaml.safe_load(answer.stdout)).algorithm.beta == 0.5
 
 
 def test_a_recipe_chooses_and_tunes_nothing():
