@@ -32,7 +32,7 @@ DEFAULTS: Mapping[str, Any] = {
     "workspace": "runs",
     "prompt": None,
     "seed": 0,
-    "temperature": 0.0,
+    "temperature": 1.0,
     "max_new_tokens": 256,
 }
 

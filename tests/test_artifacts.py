@@ -82,8 +82,8 @@ def test_a_second_process_waits_for_the_lock_and_says_so(tmp_path):
         assert other.stdout.readline() == b"waiting\n"
         time.sleep(0.2)
         assert other.poll() is None
-    assert other.stdout.readline() == b"got it\n"
-    assert other.wait(timeout=10) == 0
+    assert other.communicate(timeout=10)[0] == b"got it\n"
+    assert other.returncode == 0
 
 
 def test_a_torn_last_event_does_not_swallow_the_next_one(tmp_path):

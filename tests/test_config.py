@@ -107,7 +107,7 @@ def test_every_key_has_a_comment_in_its_file(path):
         ("launch.processes=0", "launch.processes=0: must be at least 1"),
         (
             "algorithm.micro_batch_size=64",
-            "algorithm.micro_batch_size=64: must be at least 1 and at most 32",
+            "algorithm.micro_batch_size=64: must be at least 1 and at most 16",
         ),
         ("algorithm.module=no.such.module", "algorithm.module=no.such.module: cannot be imported"),
         ("foo", "foo"),

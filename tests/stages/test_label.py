@@ -81,9 +81,11 @@ from align.records import Verdict
 
 async def compare(comparisons, *, settings):
     for c in comparisons:
-        with open(settings.log, "a") as log:
+        with open(settings.log, "a+") as log:
             log.write(c.prompt.id + "\\n")
-        if settings.stop_after and len(open(settings.log).readlines()) > settings.stop_after:
+            log.seek(0)
+            asked = len(log.readlines())
+        if settings.stop_after and asked > settings.stop_after:
             raise RuntimeError("killed")
         refused = "?" in (c.first, c.second)
         yield Verdict(id=c.prompt.id, first=c.first_index, second=c.second_index,
