@@ -25,8 +25,8 @@ UNKNOWN_WINDOW = 4096
 
 def quiet() -> None:
     """Leaves the terminal to our own progress: no bar per file, no advice meant for developers."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     # peft 0.21 reads attributes that transformers 5 renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
