@@ -114,6 +114,9 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         fail(one_line(error))
         sys.exit(1)
+    except OSError as error:  # Hydra's own folder of a sweep
+        fail(f"{error.filename}: {error.strerror}; give another workspace=DIR")
+        sys.exit(1)
     except KeyboardInterrupt:
         command = shlex.join(["python", "-m", "align.run", *sys.argv[1:]])
         print(f"\ninterrupted; what is finished is kept. To go on: {command}", file=sys.stderr)
