@@ -150,29 +150,7 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
         raise ConfigError(
             f"stages={shown(config)}: evaluate measures what train made; add train before it"
         )
-    held_out = config.algorithm.held_out
-    if config.data.test_path is None:
-        hold_out = HoldOutStage(share=held_out, limit=config.evaluate.limit)
-        test = Step(
-            name="test_prompts",
-            stage="hold_out",
-            settings=hold_out,
-            inputs={"preferences": "preferences"},
-        )
-    else:
-        read = ReadStage(source=config.data, test=True, limit=config.evaluate.limit)
-        test = Step(name="test_prompts", stage="read", settings=read)
-    sampler = Hf(
-        name="hf",
-        module=None,
-        n=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        max_new_tokens=config.evaluate.max_new_tokens,
-        batch_size=config.sampler.batch_size,
-    )
-    sample = GenerateStage(model=config.model, sampler=sampler, seed=config.seed)
+    sample = GenerateStage(model=config.model, sampler=measuring_sampler(config), seed=config.seed)
     measure = EvaluateStage(
         model=config.model,
         judge=config.evaluate.judge,
@@ -195,7 +173,7 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
         "evaluate",
     ]
     return [
-        test,
+        test_prompts(config),
         Step(name="before", stage="generate", settings=sample, inputs={"prompts": "test_prompts"}),
         Step(
             name="after",
@@ -219,6 +197,30 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
             links=("report.html", "adapter"),
         ),
     ]
+
+
+def test_prompts(config: Config) -> Step:
+    """What the policy is measured on: the source's test file, else prompts of held-out pairs."""
+    if config.data.test_path is None:
+        hold_out = HoldOutStage(share=config.algorithm.held_out, limit=config.evaluate.limit)
+        inputs = {"preferences": "preferences"}
+        return Step(name="test_prompts", stage="hold_out", settings=hold_out, inputs=inputs)
+    read = ReadStage(source=config.data, test=True, limit=config.evaluate.limit)
+    return Step(name="test_prompts", stage="read", settings=read)
+
+
+def measuring_sampler(config: Config) -> Hf:
+    """One answer a prompt from the whole distribution, before and after alike."""
+    return Hf(
+        name="hf",
+        module=None,
+        n=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        batch_size=config.sampler.batch_size,
+    )
 
 
 def shown(config: Config) -> str:
