@@ -8,7 +8,7 @@ from align.artifacts import write_json
 from align.errors import StageError
 from align.jsonl import dump_line, read_records
 from align.records import Preference, Prompt
-from align.split import is_held_out
+from align.split import is_held_out, prompt_key
 from align.stages.settings import HoldOutStage
 
 
@@ -31,6 +31,7 @@ def run(settings: HoldOutStage, inputs: dict[str, Path], out: Path) -> None:
 def held_out_prompts(path: Path, share: float) -> Iterator[Prompt]:
     seen: set[str] = set()
     for preference in read_records(path, Preference.from_json):
-        if preference.id not in seen and is_held_out(preference.id, share):
-            seen.add(preference.id)
+        key = prompt_key(preference.messages)
+        if key not in seen and is_held_out(key, share):
+            seen.add(key)
             yield Prompt(id=preference.id, messages=preference.messages, meta=preference.meta)

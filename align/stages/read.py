@@ -11,6 +11,7 @@ from align.errors import DataError
 from align.jsonl import dump_line
 from align.named import named_module
 from align.records import Preference, Prompt, Record
+from align.split import prompt_key
 from align.stages.settings import ReadStage
 
 
@@ -39,19 +40,20 @@ def run(settings: ReadStage, inputs: dict[str, Path], out: Path) -> None:
 
 
 def checked(records: Iterable[Record], *, kind: type[Record], path: str) -> Iterator[Record]:
-    """The records, their ids unique among prompts; pairs of one prompt share an id, so theirs need
-    not be.
+    """The records, each id standing for one prompt; pairs of a prompt may share theirs.
 
     Raises:
         DataError: see above.
     """
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for number, record in enumerate(records, start=1):
-        if kind is not Preference and record.id in seen:
+        key = prompt_key(record.messages)
+        if seen.get(record.id, key) != key or (record.id in seen and kind is not Preference):
             raise DataError(
-                f"{path}: record {number}: the id {record.id!r} was used before; make ids unique"
+                f"{path}: record {number}: the id {record.id!r} was used before; give every prompt "
+                "an id of its own, or none"
             )
-        seen.add(record.id)
+        seen[record.id] = key
         yield record
 
 

@@ -2,6 +2,7 @@
 trainings.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +28,20 @@ from align.models.logprobs import (
 )
 from align.progress import progress_bar
 from align.records import Preference
+from align.split import prompt_key
 from align.stages.settings import ReferenceStage
 
 # Said in the log and beside the adapter: the wrong reference is a silent bug.
 REFERENCE = "base model, adapter off"
 PAIRS = "pairs.arrow"
 SCORES = "reference.safetensors"
+SIDES = ("chosen", "rejected")
 CHUNK_BATCHES = 32  # batches scored between two writes to disk
 
 FEATURES = Features(
     {
         "id": Value("string"),
+        "prompt": Value("string"),  # its key, by which the pairs of a prompt are kept together
         "prompt_ids": ListOf(Value("int32")),
         "chosen_ids": ListOf(Value("int32")),
         "rejected_ids": ListOf(Value("int32")),
@@ -58,10 +62,29 @@ class Scores:
     rejected: torch.Tensor
 
     def save(self, path: Path) -> None:
-        """The file appears whole or not at all."""
-        partial = path.with_suffix(".partial")
-        save_file({"chosen": self.chosen, "rejected": self.rejected}, partial)
-        partial.replace(path)
+        save_whole({"chosen": self.chosen, "rejected": self.rejected}, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The answers to be scored, each distinct one of a prompt once.
+
+    Attributes:
+        sides: [M], where it stands first: 2 * pair, plus 1 where it is the rejected one.
+        lengths: [M], tokens of prompt and answer.
+        answer_of: [2N], for chosen and rejected of every pair the answer that it is.
+    """
+
+    sides: "array[int]"
+    lengths: "array[int]"
+    answer_of: "array[int]"
+
+
+def save_whole(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """The file appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
 
 
 def load_scores(path: Path) -> Scores:
@@ -131,6 +154,7 @@ def tokenized(tokenizer: Any, preferences: Path, *, max_length: int) -> Iterator
                 raise DataError(f"{shard}: id {preference.id!r}: {error}") from error
             yield {
                 "id": preference.id,
+                "prompt": prompt_key(preference.messages),
                 "prompt_ids": pair.prompt,
                 "chosen_ids": pair.chosen,
                 "rejected_ids": pair.rejected,
@@ -143,48 +167,68 @@ def tokenized(tokenizer: Any, preferences: Path, *, max_length: int) -> Iterator
 
 
 def score(model: Any, rows: Any, out: Path) -> None:
-    """Both answers' log-probabilities under the model, longest pairs first, resumable by parts.
+    """Every answer's log-probability under the model, longest first, resumable by parts.
 
-    Which rows share a batch depends on all lengths alone, so a resumed stage gives the same bits.
+    Which answers share a batch depends on all lengths alone, so a resumed stage gives the same
+    bits.
     """
     parts = out / "parts"
     parts.mkdir(exist_ok=True)
-    lengths = [2 * length for length in rows["length"]]
-    batches = list(token_budget_batches(lengths, budget=default_budget(model.device)))
-    whole = Scores(chosen=torch.zeros(len(rows)), rejected=torch.zeros(len(rows)))
-    with progress_bar("reference", len(rows), unit="tokens") as advance:
+    answers = distinct_answers(rows)
+    batches = list(token_budget_batches(answers.lengths, budget=default_budget(model.device)))
+    logprobs = torch.zeros(len(answers.lengths))
+    with progress_bar("reference", len(answers.lengths), unit="tokens") as advance:
         for start in range(0, len(batches), CHUNK_BATCHES):
             part = parts / f"{start:08}.safetensors"
             chunk = batches[start : start + CHUNK_BATCHES]
             where = torch.tensor([i for batch in chunk for i in batch])
             known = part.exists()
             if not known:
-                score_chunk(model, rows, chunk).save(part)
-            found = load_scores(part)
-            whole.chosen[where], whole.rejected[where] = found.chosen, found.rejected
-            advance(len(where), 0 if known else sum(lengths[i] for i in where.tolist()))
-    whole.save(out / SCORES)
+                sides = [[answers.sides[i] for i in batch] for batch in chunk]
+                save_whole({"logprobs": score_chunk(model, rows, sides)}, part)
+            logprobs[where] = load_file(part)["logprobs"]
+            advance(len(where), 0 if known else sum(answers.lengths[i] for i in where.tolist()))
+    chosen, rejected = logprobs[torch.tensor(answers.answer_of).view(-1, 2)].unbind(-1)
+    Scores(chosen=chosen.contiguous(), rejected=rejected.contiguous()).save(out / SCORES)
     for file in parts.iterdir():
         file.unlink()
     parts.rmdir()
 
 
+def distinct_answers(rows: Any) -> Answers:
+    """Each answer of a prompt once. The pairs of a prompt stand together where a judge made them,
+    so looking at neighbours finds all repetitions in little memory; elsewhere some are scored
+    twice.
+    """
+    sides, lengths, answer_of = array("q"), array("q"), array("q")
+    prompt: Sequence[int] = ()
+    seen: dict[tuple[int, ...], int] = {}
+    for i, row in enumerate(rows):
+        if row["prompt_ids"] != prompt:
+            prompt, seen = row["prompt_ids"], {}
+        for k, side in enumerate(SIDES):
+            completion = tuple(row[f"{side}_ids"])
+            if completion not in seen:
+                seen[completion] = len(sides)
+                sides.append(2 * i + k)
+                lengths.append(len(prompt) + len(completion))
+            answer_of.append(seen[completion])
+    return Answers(sides=sides, lengths=lengths, answer_of=answer_of)
+
+
 @torch.no_grad()
-def score_chunk(model: Any, rows: Any, chunk: Sequence[Sequence[int]]) -> Scores:
-    """The scores of some batches, in their order."""
-    chosen, rejected = [], []
+def score_chunk(model: Any, rows: Any, chunk: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The summed log-probabilities of the answers in some batches, in their order, float32."""
+    found = []
     for batch in chunk:
-        pairs = [rows[i] for i in batch]
-        sides = [
-            Row(prompt=pair["prompt_ids"], completion=pair[f"{side}_ids"])
-            for side in ("chosen", "rejected")
-            for pair in pairs
-        ]
-        packed = collate(sides, device=model.device)
-        both = sequence_logprobs(
+        answers = []
+        for side in batch:
+            pair = rows[side // 2]
+            completion = pair[f"{SIDES[side % 2]}_ids"]
+            answers.append(Row(prompt=pair["prompt_ids"], completion=completion))
+        packed = collate(answers, device=model.device)
+        scores = sequence_logprobs(
             model, input_ids=packed.input_ids, response_mask=packed.response_mask
         )
-        first, second = both.float().cpu().chunk(2)
-        chosen.append(first)
-        rejected.append(second)
-    return Scores(chosen=torch.cat(chosen), rejected=torch.cat(rejected))
+        found.append(scores.float().cpu())
+    return torch.cat(found)

@@ -77,7 +77,7 @@ class LabelStage:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceStage:
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: Model
     max_length: int | None
     score: bool
@@ -85,7 +85,7 @@ class ReferenceStage:
 
 @dataclass(frozen=True, kw_only=True)
 class HoldOutStage:
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     share: float
     limit: int | None
 

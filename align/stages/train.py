@@ -45,8 +45,8 @@ def split(folder: Path, *, share: float, seed: int) -> PairData:
     rows: Any = Dataset.from_file(str(folder / PAIRS))
     scores = load_scores(folder / SCORES)
     sides: tuple[list[int], list[int]] = ([], [])
-    for i, prompt_id in enumerate(rows["id"]):
-        sides[is_held_out(prompt_id, share)].append(i)
+    for i, key in enumerate(rows["prompt"]):
+        sides[is_held_out(key, share)].append(i)
     if not all(sides):
         raise StageError(
             f"algorithm.held_out={share}: leaves {len(sides[0])} pairs to train on and "

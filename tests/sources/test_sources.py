@@ -77,6 +77,9 @@ def test_an_id_used_twice_an_empty_file_and_a_limit(tmp_path):
     assert len((tmp_path / "preferences.jsonl").read_text().splitlines()) == 2, (
         "pairs may share a prompt"
     )
+    path.write_text(row + row.replace('"q"', '"another"'))
+    with pytest.raises(DataError, match="record 2: the id '1' was used before"):
+        run(ReadStage(source=settings(path), test=False, limit=None), {}, tmp_path)
     path.write_text("\n")
     with pytest.raises(DataError, match="no preferences in it"):
         run(ReadStage(source=settings(path), test=False, limit=None), {}, tmp_path)

@@ -81,7 +81,7 @@ def test_a_killed_scoring_goes_on_and_ends_the_same(
     scored: list[Sequence[Sequence[int]]] = []
     real = reference.score_chunk
 
-    def dying(model: Any, rows: Any, chunk: Sequence[Sequence[int]]) -> reference.Scores:
+    def dying(model: Any, rows: Any, chunk: Sequence[Sequence[int]]) -> torch.Tensor:
         if len(scored) == 3:
             raise Killed
         scored.append(chunk)
@@ -93,7 +93,7 @@ def test_a_killed_scoring_goes_on_and_ends_the_same(
             run(tiny, tmp_path / "b" / "reference")
     again: list[Sequence[Sequence[int]]] = []
 
-    def counting(model: Any, rows: Any, chunk: Sequence[Sequence[int]]) -> reference.Scores:
+    def counting(model: Any, rows: Any, chunk: Sequence[Sequence[int]]) -> torch.Tensor:
         again.append(chunk)
         return real(model, rows, chunk)
 
@@ -102,6 +102,40 @@ def test_a_killed_scoring_goes_on_and_ends_the_same(
     assert len(scored) == 3 and again and not [chunk for chunk in again if chunk in scored]
     for name in ("pairs.arrow", "reference.safetensors", "counts.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_an_answer_in_several_pairs_is_scored_once_and_stands_in_each(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pair(identifier: str, prompt: str, chosen: str, rejected: str) -> str:
+        texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return json.dumps({"id": identifier, **texts})
+
+    folder = tmp_path / "preferences"
+    folder.mkdir()
+    lines = [
+        pair("p", "How many days?", "Two days.", "Five days."),
+        pair("p", "How many days?", "Two days.", "Nine days."),
+        pair("p", "How many days?", "Five days.", "Nine days."),
+        pair("q", "How many weeks?", "Two days.", "Five days."),
+    ]
+    (folder / "preferences.jsonl").write_text("\n".join(lines))
+    sides: list[int] = []
+    real = reference.score_chunk
+
+    def counting(model: Any, rows: Any, chunk: Sequence[Sequence[int]]) -> torch.Tensor:
+        sides.extend(side for batch in chunk for side in batch)
+        return real(model, rows, chunk)
+
+    monkeypatch.setattr(reference, "score_chunk", counting)
+    out = tmp_path / "reference"
+    out.mkdir()
+    reference.run(reference_stage(tiny), {"preferences": folder}, out)
+    assert len(sides) == 5, "three answers to one prompt, two to the other"
+    found = load_file(out / "reference.safetensors")
+    chosen, rejected = found["chosen"].tolist(), found["rejected"].tolist()
+    assert chosen[0] == chosen[1] and rejected[0] == chosen[2] and rejected[1] == rejected[2]
+    assert chosen[3] != chosen[0] and rejected[3] != rejected[0]
 
 
 def test_no_preferences_are_an_error(tiny: Model, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from align.errors import StageError
 from align.launch import free_port
 from align.models.settings import Model
 from align.split import is_held_out
-from align.stages import reference, train
+from align.stages import hold_out, reference, train
 from tests.stages.pairs import ALGORITHM, reference_stage, train_stage, write_preferences
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,7 +55,29 @@ def test_all_pairs_of_a_prompt_are_on_one_side(scored: Path) -> None:
     held_out = {data.held_out[i]["id"] for i in range(len(data.held_out))}
     assert len(data.train) == 2 * len(trained) and len(data.held_out) == 2 * len(held_out)
     assert not trained & held_out and len(trained | held_out) == 16
-    assert all(is_held_out(name, 0.3) for name in held_out)
+    keys = {data.held_out[i]["prompt"] for i in range(len(data.held_out))}
+    assert len(keys) == len(held_out) and all(is_held_out(key, 0.3) for key in keys)
+
+
+def test_pairs_with_numbers_for_ids_are_kept_together_by_their_prompt(
+    tiny: Model, tmp_path: Path
+) -> None:
+    """Files of pairs often number their lines; what is trained on must not be measured on."""
+    folder = write_preferences(tmp_path / "preferences", prompts=16, pairs=3)
+    lines = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
+    numbered = [json.dumps({**line, "id": str(i)}) for i, line in enumerate(lines)]
+    (folder / "preferences.jsonl").write_text("\n".join(numbered))
+    out = tmp_path / "reference"
+    out.mkdir()
+    reference.run(reference_stage(tiny), {"preferences": folder}, out)
+    data = train.split(out, share=0.3, seed=0)
+    sides = [
+        {tuple(side[i]["prompt_ids"]) for i in range(len(side))}
+        for side in (data.train, data.held_out)
+    ]
+    assert not sides[0] & sides[1]
+    prompts = list(hold_out.held_out_prompts(folder / "preferences.jsonl", 0.3))
+    assert len(prompts) == len(sides[1]), "each once, and the same ones"
 
 
 def test_a_split_that_leaves_one_side_empty_is_an_error(scored: Path) -> None:
