@@ -119,13 +119,6 @@ def wilson(rate: float, *, n: int) -> Interval:
     return Interval(mean=rate, low=max(0.0, min(low, rate)), high=min(1.0, max(high, rate)), n=n)
 
 
-def length_controlled_win_rate(
-    p: ArrayLike, *, length_after: ArrayLike, length_before: ArrayLike
-) -> float:
-    """The win rate if both answers were equally long; see `length_controlled`."""
-    return length_controlled(p, length_after=length_after, length_before=length_before).mean
-
-
 def length_controlled(
     p: ArrayLike, *, length_after: ArrayLike, length_before: ArrayLike
 ) -> Interval:

@@ -6,7 +6,6 @@ import pytest
 from align.stats import (
     Interval,
     length_controlled,
-    length_controlled_win_rate,
     mean_interval,
     wilson,
     win_rate,
@@ -94,7 +93,7 @@ def test_a_pure_effect_of_length_is_removed() -> None:
     p = rng.random(3000) < 1 / (1 + np.exp(-2.5 * x))  # at equal length the two would be even
     lengths = {"length_after": after, "length_before": before}
     assert np.mean(p) > 0.65
-    assert length_controlled_win_rate(p, **lengths) == pytest.approx(0.5, abs=0.03)
+    assert length_controlled(p, **lengths).mean == pytest.approx(0.5, abs=0.03)
 
 
 def test_an_advantage_at_equal_length_is_found_under_a_length_effect() -> None:
@@ -102,7 +101,7 @@ def test_an_advantage_at_equal_length_is_found_under_a_length_effect() -> None:
     difference = rng.normal(10, 20, size=4000)
     x = np.tanh(difference / difference.std())
     p = 1 / (1 + np.exp(-(0.8473 + 2 * x)))  # sigmoid(0.8473) = 0.7
-    rate = length_controlled_win_rate(p, length_after=difference, length_before=np.zeros(4000))
+    rate = length_controlled(p, length_after=difference, length_before=np.zeros(4000)).mean
     assert rate == pytest.approx(0.7, abs=0.005)
 
 
@@ -110,7 +109,7 @@ def test_without_an_effect_of_length_the_plain_rate_remains() -> None:
     # each length difference comes with the same two wins and one loss
     difference = np.repeat([-30.0, -5.0, 0.0, 5.0, 30.0], 3)
     p = np.tile([1.0, 1.0, 0.0], 5)
-    rate = length_controlled_win_rate(p, length_after=difference, length_before=np.zeros(15))
+    rate = length_controlled(p, length_after=difference, length_before=np.zeros(15)).mean
     assert rate == pytest.approx(2 / 3, abs=1e-4)
 
 
@@ -148,14 +147,14 @@ def test_the_length_controlled_interval_covers_the_truth() -> None:
 def test_nothing_to_control_for_leaves_the_plain_rate(
     p: list[float], after: list[int], expected: float
 ) -> None:
-    assert length_controlled_win_rate(p, length_after=after, length_before=[4] * len(p)) == expected
+    assert length_controlled(p, length_after=after, length_before=[4] * len(p)).mean == expected
 
 
 def test_longer_always_wins_stays_finite() -> None:
     difference = np.array([-8.0, -4.0, -2.0, 2.0, 4.0, 8.0])
-    rate = length_controlled_win_rate(
+    rate = length_controlled(
         difference > 0, length_after=difference, length_before=np.zeros(6)
-    )
+    ).mean
     assert rate == pytest.approx(0.5, abs=0.01)
 
 

@@ -2,7 +2,6 @@
 blind in both orders.
 """
 
-import asyncio
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ import numpy
 from align.artifacts import read_json, write_json
 from align.jsonl import dump_line, read_records
 from align.named import named_module
-from align.progress import progress_bar
 from align.records import OK, STATUSES, TIE, Candidate, Comparison, Prompt, Response, Verdict
+from align.stages.judging import VERDICTS, judge_missing, read_verdicts
 from align.stages.settings import EvaluateStage
-from align.stats import length_controlled_win_rate, mean_interval, win_rate
+from align.stats import Interval, length_controlled, mean_interval, win_rate
 
 Metrics = dict[str, float]
 
@@ -40,8 +39,8 @@ class Pair:
 
 
 def run(settings: EvaluateStage, inputs: dict[str, Path], out: Path) -> None:
-    """Writes comparisons.jsonl, judge.json and metrics.json (flat, fractions 0 to 1, nats, no
-    durations).
+    """Writes verdicts.jsonl, comparisons.jsonl, judge.json and metrics.json (flat, fractions 0 to
+    1, nats, no durations).
     """
     pairs = list(read_pairs(inputs, settings.seed))
     metrics: Metrics = {"evaluate/n": len(pairs)}
@@ -52,7 +51,7 @@ def run(settings: EvaluateStage, inputs: dict[str, Path], out: Path) -> None:
         metrics["evaluate/held_out_accuracy"] = trained["train/held_out_accuracy"]
     verdicts: list[Verdict] | list[None] = [None] * len(pairs)
     if settings.judge is not None:
-        verdicts = found = asyncio.run(judge_all(settings, pairs))
+        verdicts = found = judge_all(settings, pairs, out / VERDICTS)
         metrics |= verdict_metrics(pairs, found, settings)
     with (out / "comparisons.jsonl").open("wb") as file:
         file.writelines(dump_line(row(p, v)) for p, v in zip(pairs, verdicts, strict=True))
@@ -81,15 +80,15 @@ def read_pairs(inputs: dict[str, Path], seed: int) -> Iterator[Pair]:
         )
 
 
-async def judge_all(settings: EvaluateStage, pairs: Sequence[Pair]) -> list[Verdict]:
-    """One verdict a pair, in the pairs' order, told from the side of (before, after)."""
-    judge = named_module("align.judge", settings.judge.name, settings.judge.module)
-    found: dict[str, Verdict] = {}
-    comparisons = (pair.comparison() for pair in pairs)
-    with progress_bar("judge", len(pairs), unit="comparisons") as advance:
-        async for verdict in judge.compare(comparisons, settings=settings.judge):
-            found[verdict.id] = verdict
-            advance(1, 1)
+def judge_all(settings: EvaluateStage, pairs: Sequence[Pair], path: Path) -> list[Verdict]:
+    """One verdict a pair, in the pairs' order."""
+    judge_missing(
+        lambda: (pair.comparison() for pair in pairs),
+        judge=settings.judge,
+        path=path,
+        title="judge",
+    )
+    found = {verdict.id: verdict for verdict in read_verdicts(path)}
     return [found[pair.prompt.id] for pair in pairs]
 
 
@@ -127,20 +126,25 @@ def verdict_metrics(
     metrics["evaluate/n_judged"] = len(judged)
     if not judged:
         return metrics
+    metrics["evaluate/ties"] = float(numpy.mean(chances == 0.5))
+    metrics["evaluate/inconsistent"] = float(numpy.mean([not v.consistent for _, v, _ in judged]))
     rate = win_rate(chances, seed=settings.seed, resamples=settings.resamples)
-    metrics |= {
-        "evaluate/win_rate": rate.mean,
-        "evaluate/win_rate_low": rate.low,
-        "evaluate/win_rate_high": rate.high,
-        "evaluate/ties": float(numpy.mean(chances == 0.5)),
-        "evaluate/inconsistent": float(numpy.mean([not v.consistent for _, v, _ in judged])),
-        "evaluate/win_rate_length_controlled": length_controlled_win_rate(
-            chances,
-            length_after=numpy.array([pair.after.length for pair, _, _ in judged]),
-            length_before=numpy.array([pair.before.length for pair, _, _ in judged]),
-        ),
-    }
+    controlled = length_controlled(
+        chances,
+        length_after=numpy.array([pair.after.length for pair, _, _ in judged]),
+        length_before=numpy.array([pair.before.length for pair, _, _ in judged]),
+    )
+    metrics |= named("win_rate", rate) | named("win_rate_length_controlled", controlled)
     return metrics | criteria_metrics([v for _, v, _ in judged], chances, settings)
+
+
+def named(key: str, interval: Interval) -> Metrics:
+    """A mean and the ends of its interval under their names in metrics.json."""
+    return {
+        f"evaluate/{key}": interval.mean,
+        f"evaluate/{key}_low": interval.low,
+        f"evaluate/{key}_high": interval.high,
+    }
 
 
 def criteria_metrics(verdicts: Sequence[Verdict], p: Any, settings: EvaluateStage) -> Metrics:
@@ -159,10 +163,8 @@ def criteria_metrics(verdicts: Sequence[Verdict], p: Any, settings: EvaluateStag
         }
         if name == "correct":
             for side, marks in (("before", old), ("after", new)):
-                interval = mean_interval(marks, seed=settings.seed)
-                metrics[f"evaluate/correct_{side}"] = interval.mean
-                metrics[f"evaluate/correct_{side}_low"] = interval.low
-                metrics[f"evaluate/correct_{side}_high"] = interval.high
+                interval = mean_interval(marks, seed=settings.seed, resamples=settings.resamples)
+                metrics |= named(f"correct_{side}", interval)
     manners = getattr(
         named_module("align.judge", settings.judge.name, settings.judge.module), "MANNERS", ()
     )
@@ -172,7 +174,8 @@ def criteria_metrics(verdicts: Sequence[Verdict], p: Any, settings: EvaluateStag
         )
         metrics["evaluate/n_equal_manners"] = float(equal.sum())
         if equal.any():
-            metrics["evaluate/win_rate_equal_manners"] = float(p[equal].mean())
+            rate = win_rate(p[equal], seed=settings.seed, resamples=settings.resamples)
+            metrics |= named("win_rate_equal_manners", rate)
     return metrics
 
 

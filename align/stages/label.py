@@ -1,6 +1,5 @@
 """Has candidates compared by a judge and writes what it says as preferences."""
 
-import asyncio
 import hashlib
 import random
 from collections import Counter
@@ -11,14 +10,10 @@ from typing import Any
 
 from align.artifacts import write_json
 from align.errors import StageError
-from align.jsonl import IndexedRecords, JsonlAppender, dump_line, read_records
-from align.named import named_module
-from align.progress import progress_bar
+from align.jsonl import IndexedRecords, dump_line
 from align.records import OK, STATUSES, TIE, Candidate, Comparison, Preference, Prompt, Verdict
+from align.stages.judging import VERDICTS, judge_missing, read_verdicts
 from align.stages.settings import Label, LabelStage
-
-VERDICTS = "verdicts.jsonl"
-BLOCK = 256
 
 
 def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
@@ -28,7 +23,12 @@ def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
         StageError: no verdict became a preference.
     """
     candidates = IndexedRecords(inputs["candidates"] / "candidates.jsonl", Candidate.from_json)
-    asyncio.run(judge_all(settings, candidates, out / VERDICTS))
+
+    def wanted() -> Iterator[Comparison]:
+        for candidate in candidates:
+            yield from comparisons(candidate, label=settings.label, seed=settings.seed)
+
+    judge_missing(wanted, judge=settings.judge, path=out / VERDICTS, title="label")
     counts = write_preferences(settings, candidates, out)
     counts["cost_usd"] = sum(v.cost for v in read_verdicts(out / VERDICTS))
     write_json(out / "counts.json", counts)
@@ -81,39 +81,6 @@ def comparisons(candidate: Candidate, *, label: Label, seed: int) -> list[Compar
             )
         )
     return made
-
-
-async def judge_all(
-    settings: LabelStage, candidates: IndexedRecords[Candidate], path: Path
-) -> None:
-    """Appends the verdicts that `path` does not hold yet, in blocks."""
-    judge = named_module("align.judge", settings.judge.name, settings.judge.module)
-    with JsonlAppender(path) as appender:
-        judged = {(v.id, v.first, v.second) for v in read_verdicts(path)}
-
-        def missing() -> Iterator[Comparison]:
-            for candidate in candidates:
-                for c in comparisons(candidate, label=settings.label, seed=settings.seed):
-                    if (c.prompt.id, c.first_index, c.second_index) not in judged:
-                        yield c
-
-        total = len(judged) + sum(1 for _ in missing())
-        block: list[Verdict] = []
-        with progress_bar("label", total, unit="comparisons", done=len(judged)) as advance:
-            async for verdict in judge.compare(missing(), settings=settings.judge):
-                block.append(verdict)
-                advance(1, 1)
-                if len(block) == BLOCK:
-                    appender.append(v.to_json() for v in block)
-                    block = []
-            appender.append(v.to_json() for v in block)
-
-
-def read_verdicts(path: Path) -> Iterator[Verdict]:
-    def from_json(line: Any, *, number: int = 0) -> Verdict:
-        return Verdict(**{key: value for key, value in line.items() if key != "v"})
-
-    return read_records(path, from_json)
 
 
 def write_preferences(

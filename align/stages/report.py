@@ -21,8 +21,8 @@ from align.stages.card import model_card
 from align.stages.evidence import Compared, Evidence, gather
 from align.stages.plots import AFTER, BEFORE, Change, Line, Rate
 from align.stages.settings import ReportStage
-from align.stages.verdict import bounds, number, overall, percent, verdict
-from align.stats import length_controlled, wilson, win_rate
+from align.stages.verdict import bounds, measured, number, overall, percent, verdict
+from align.stats import win_rate
 
 HERE = Path(__file__).parent
 MOST_GAINS, MOST_LOSSES = 4, 12
@@ -158,22 +158,14 @@ def unusable(evidence: Evidence) -> dict[str, int]:
 
 def rates(evidence: Evidence, judged: Sequence[Compared]) -> list[Rate]:
     """The win rates in order: overall, at equal length and manners, then by criterion."""
-    metrics, whole = evidence.metrics, overall(evidence.metrics)
-    rows = [] if whole is None else [Rate(label="Overall", interval=whole)]
-    known = [
-        pair for pair in judged if pair.before.length is not None and pair.after.length is not None
-    ]
-    if "evaluate/win_rate_length_controlled" in metrics and known:
-        controlled = length_controlled(
-            np.array([pair.p_after for pair in known], dtype=float),
-            length_after=np.array([pair.after.length for pair in known], dtype=float),
-            length_before=np.array([pair.before.length for pair in known], dtype=float),
-        )
-        rows.append(Rate(label="At equal length", interval=controlled))
-    alike = int(metrics.get("evaluate/n_equal_manners", 0))
-    if "evaluate/win_rate_equal_manners" in metrics and alike:
-        interval = wilson(metrics["evaluate/win_rate_equal_manners"], n=alike)
-        rows.append(Rate(label="At equal manners", interval=interval))
+    metrics = evidence.metrics
+    judged_n, alike = len(judged), metrics.get("evaluate/n_equal_manners", 0)
+    known = (
+        ("Overall", overall(metrics)),
+        ("At equal length", measured(metrics, "win_rate_length_controlled", n=judged_n)),
+        ("At equal manners", measured(metrics, "win_rate_equal_manners", n=alike)),
+    )
+    rows = [Rate(label=label, interval=found) for label, found in known if found is not None]
     for name in criteria(judged):
         both = [
             (pair.before.scores[name], pair.after.scores[name])

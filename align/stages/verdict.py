@@ -33,14 +33,21 @@ def number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
+def measured(metrics: Mapping[str, float], key: str, *, n: float) -> Interval | None:
+    """A rate over `n` prompts with the interval that the evaluation gave it, None where it gave
+    none.
+    """
+    ends = [metrics.get(f"evaluate/{key}{end}") for end in ("", "_low", "_high")]
+    rate, low, high = ends
+    if rate is None or low is None or high is None:
+        return None
+    return Interval(mean=rate, low=low, high=high, n=int(n))
+
+
 def overall(metrics: Mapping[str, float]) -> Interval | None:
     """The measured win rate, None where no verdict was usable or no judge was asked."""
-    keys = [f"evaluate/win_rate{end}" for end in ("", "_low", "_high")]
-    if not all(key in metrics for key in keys):
-        return None
-    rate, low, high = (metrics[key] for key in keys)
     judged = metrics.get("evaluate/n_judged", metrics.get("evaluate/n", 0))
-    return Interval(mean=rate, low=low, high=high, n=int(judged))
+    return measured(metrics, "win_rate", n=judged)
 
 
 def verdict(metrics: Mapping[str, float], *, judge: str | None) -> Verdict:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from align.stages.evaluate import named
 from align.stages.settings import ReportStage
-from align.stats import length_controlled_win_rate, mean_interval, win_rate
+from align.stats import Interval, length_controlled, mean_interval, win_rate
 
 STARTER = Path(__file__).parents[2] / "data" / "starter" / "test.jsonl"
 CONFIG = """\
@@ -117,19 +118,18 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, float]:
     found = {
         "evaluate/n": len(rows),
         "evaluate/n_judged": len(rows),
-        "evaluate/win_rate": rate.mean,
-        "evaluate/win_rate_low": rate.low,
-        "evaluate/win_rate_high": rate.high,
+        **named("win_rate", rate),
         "evaluate/ties": p.count(0.5) / len(p),
         "evaluate/inconsistent": 0.0,
         "evaluate/kl": 11.73,
         "evaluate/held_out_accuracy": 0.861,
         "evaluate/length_before": sum(lengths[0]) / len(rows),
         "evaluate/length_after": sum(lengths[1]) / len(rows),
-        "evaluate/win_rate_length_controlled": length_controlled_win_rate(
-            p, length_after=lengths[1], length_before=lengths[0]
+        **named(
+            "win_rate_length_controlled",
+            length_controlled(p, length_after=lengths[1], length_before=lengths[0]),
         ),
-        "evaluate/win_rate_equal_manners": 0.71,
+        **named("win_rate_equal_manners", Interval(mean=0.71, low=0.62, high=0.79, n=96)),
         "evaluate/n_equal_manners": 96,
         "evaluate/precision_gap": 0.0431,
     }
@@ -139,11 +139,7 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, float]:
         found[f"evaluate/criterion/{name}/after"] = sum(after) / len(rows)
     for side, answers in (("before", old), ("after", new)):
         interval = mean_interval([answer["scores"]["correct"] for answer in answers], seed=0)
-        found |= {
-            f"evaluate/correct_{side}": interval.mean,
-            f"evaluate/correct_{side}_low": interval.low,
-        }
-        found[f"evaluate/correct_{side}_high"] = interval.high
+        found |= named(f"correct_{side}", interval)
     return found
 
 
