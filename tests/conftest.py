@@ -19,10 +19,10 @@ from align.models.settings import Lora, Model
 STARTER = Path(__file__).parent.parent / "data" / "starter" / "model"
 
 
-def save_tiny(folder: Path, **changes: Any) -> Path:
-    """A random Llama of two small layers in `folder`; `changes` go into its config."""
+def save_tiny(folder: Path, architecture: str = "llama", **changes: Any) -> Path:
+    """A random model of two small layers in `folder`; `changes` go into its config."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     shape: dict[str, Any] = {
         "vocab_size": 1024,
@@ -41,7 +41,8 @@ def save_tiny(folder: Path, **changes: Any) -> Path:
     }
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).save_pretrained(folder)
+        config = AutoConfig.for_model(architecture, **{**shape, **changes})
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(STARTER).save_pretrained(folder)
     return folder
 

@@ -40,12 +40,24 @@ def add_lora(model: Any, *, settings: Lora, seed: int) -> Any:
             torch.manual_seed(seed)
             policy = get_peft_model(model, config)
     except ValueError as error:
+        names = ", ".join(linear_names(model))
         raise ConfigError(
             f"adapter.target_modules={settings.target_modules}: {str(error).splitlines()[0]}; "
-            "type adapter.target_modules=all-linear"
+            f"type adapter.target_modules=[…] with some of its linear layers ({names})"
         ) from error
     keep_in_fp32(policy)
     return policy
+
+
+def linear_names(model: Any) -> list[str]:
+    """What the model's linear layers are called, its head left out."""
+    head = model.get_output_embeddings()
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return sorted(found)
 
 
 def keep_in_fp32(policy: Any) -> None:

@@ -173,6 +173,8 @@ def probe_head(bare: Any) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
+    if "hidden" not in seen:  # the model calls a part of its decoder (OPT)
+        return False
     same_hidden = torch.equal(seen["hidden"].float(), seen["given"].float())
     return same_hidden and torch.equal(seen["logits"].float(), logits.float())
 

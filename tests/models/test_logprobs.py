@@ -16,6 +16,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from align.models import logprobs
@@ -59,6 +61,13 @@ def granite() -> Any:
     return GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=4.0))
 
 
+def opt() -> Any:
+    """Its model runs the decoder's inside, so nothing can be hooked between the two."""
+    shape = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    return OPTForCausalLM(OPTConfig(**shape, **layers, pad_token_id=0, eos_token_id=2))
+
+
 def rows() -> list[Row]:
     return [
         Row(prompt=[5, 9, 11], completion=[4, 8, 2]),
@@ -75,7 +84,7 @@ def naive(model: Any, row: Row) -> torch.Tensor:
     return torch.stack([table[t - 1, ids[0, t]] for t in range(first, ids.shape[1])])
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, gemma2, cohere, granite])
+@pytest.mark.parametrize("make", [llama, gpt2, gemma2, cohere, granite, opt])
 def test_equal_the_naive_logits_in_float64(make: Any) -> None:
     torch.manual_seed(0)
     model = make().double().eval()

@@ -8,6 +8,7 @@ from align.errors import StageError
 from align.models.settings import Model
 from align.records import Candidate, Prompt
 from align.samplers.settings import Hf
+from tests.conftest import model_settings, save_tiny
 
 SETTINGS = Hf(
     name="hf",
@@ -63,7 +64,18 @@ def test_neither_batches_nor_dropped_rows_nor_cache_change_a_token(tiny, monkeyp
     assert expected == {name: [r.tokens for r in c.responses] for name, c in plain.items()}
 
 
-def test_the_samplers_logprob_is_the_models(tiny):
+ARCHITECTURES = {
+    "llama": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},  # absolute positions
+    "mistral": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "head_dim": 16, "num_hidden_layers": 6},  # both kinds
+}
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_the_samplers_logprob_is_the_models(tmp_path, name):
+    """Left padding, dropped rows and the cache against unpadded rows, teacher-forced."""
+    tiny = model_settings(save_tiny(tmp_path, architecture=name, **ARCHITECTURES[name]))
     from align.models.chat import encode_prompt
     from align.models.load import load_model, load_tokenizer
     from align.models.logprobs import Row, score_rows
