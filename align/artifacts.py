@@ -212,7 +212,10 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of the clone that this package runs from, None outside a clone."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    clone = Path(__file__).parent.parent
+    if not (clone / ".git").exists():  # installed: a repository around it is somebody else's
+        return None
+    command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
