@@ -23,6 +23,7 @@ from align.errors import StageError
 from align.jsonl import repair
 
 MANIFEST = "manifest.json"
+COUNTS = "counts.json"
 PACKAGES = (
     "align",
     "torch",
@@ -168,9 +169,9 @@ class Artifact:
         print(f"{self.stage}: {damage}; moved it to {aside} and making it again", flush=True)
         return False
 
-    def finish(self, *, body: Mapping[str, Any], duration_s: float, cost_usd: float) -> None:
+    def finish(self, *, body: Mapping[str, Any], duration_s: float) -> None:
         """Writes the manifest, last of all, so that a killed stage is never taken for a finished
-        one.
+        one. What the stage says of itself in counts.json goes along.
         """
         files = {}
         for file in files_below(self.path):
@@ -178,17 +179,19 @@ class Artifact:
             entry = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": hash_file(file)}
             files[file.relative_to(self.path).as_posix()] = entry
         rows = {name: count_lines(self.path / name) for name in files if name.endswith(".jsonl")}
+        counts = read_json(self.path / COUNTS) if COUNTS in files else {}
         write_json(
             self.path / MANIFEST,
             {
                 **body,
                 "fingerprint": self.fingerprint,
                 "rows": rows,
+                "counts": counts,
                 "files": files,
                 "versions": versions(),
                 "git_commit": git_commit(),
                 "duration_s": round(duration_s, 3),
-                "cost_usd": cost_usd,
+                "cost_usd": float(counts.get("cost_usd", 0.0)),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             },
         )

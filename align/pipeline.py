@@ -109,9 +109,7 @@ def work(
     inputs = {name: made[source].path for name, source in step.inputs.items()}
     try:
         perform(step, inputs=inputs, out=artifact.path, run=run, launch=config.launch)
-        counts = artifact.path / "counts.json"
-        cost = float(read_json(counts).get("cost_usd", 0.0)) if counts.exists() else 0.0
-        artifact.finish(body=body, duration_s=time.monotonic() - started, cost_usd=cost)
+        artifact.finish(body=body, duration_s=time.monotonic() - started)
     except Exception as error:
         run.event(
             "failed",

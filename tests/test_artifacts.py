@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from align import artifacts
 from align.artifacts import HashCache, Run, fingerprint, lock, write_json
 
 
@@ -19,13 +21,16 @@ def artifact(tmp_path):
     made = run.artifact("label", "a" * 64)
     made.path.mkdir(parents=True)
     (made.path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
-    made.finish(body={"stage": "label"}, duration_s=1.0, cost_usd=0.0)
+    (made.path / "counts.json").write_text('{"preferences": 2, "cost_usd": 0.25}')
+    made.finish(body={"stage": "label"}, duration_s=1.0)
     return made
 
 
 def test_only_a_manifest_makes_an_artifact_finished(artifact):
     assert artifact.finished()
     assert artifact.manifest["rows"] == {"rows.jsonl": 2}
+    assert artifact.manifest["counts"]["preferences"] == 2
+    assert artifact.manifest["cost_usd"] == 0.25
     (artifact.path / "manifest.json").unlink()
     assert not artifact.finished()
 
@@ -105,3 +110,17 @@ def test_latest_points_at_the_newest_run_and_earlier_ones_stay(tmp_path):
         write_json(run.path / "metrics.json", {"d": digest})
     assert (tmp_path / "dpo" / "latest").resolve().name == "b" * 8
     assert (tmp_path / "dpo" / ("a" * 8) / "metrics.json").exists()
+
+
+def test_an_installed_package_does_not_claim_the_commit_of_a_repository_around_it(
+    tmp_path, monkeypatch
+):
+    assert artifacts.git_commit() is not None or not (Path(__file__).parents[1] / ".git").exists()
+    inside = tmp_path / "venv" / "site-packages" / "align"
+    inside.mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    commit = ["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "x"]
+    subprocess.run(commit, check=True)
+    monkeypatch.setattr(artifacts, "__file__", str(inside / "artifacts.py"))
+    assert artifacts.git_commit() is None

@@ -88,6 +88,9 @@ def test_a_run_leaves_what_others_build_on(finished):
     fractions = [v for k, v in found.items() if "rate" in k or "correct" in k]
     assert all(0 <= value <= 1 for value in fractions)
     assert not list((finished / "artifacts").rglob("*.bin")), "no pickle stays behind"
+    adapter = Path(next(e["artifact"] for e in events(finished) if e.get("step") == "train"))
+    manifest = json.loads((adapter / "manifest.json").read_text())
+    assert manifest["counts"] == {"reference": "base model, adapter off"}
 
 
 def test_the_same_command_again_does_nothing_quickly_and_says_so(finished):

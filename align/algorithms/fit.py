@@ -23,7 +23,7 @@ from align.algorithms import checkpoints
 from align.algorithms.pairs import PairData, collate_pairs
 from align.algorithms.preference_trainer import Objective, PairLoss, Policy, PreferenceTrainer
 from align.algorithms.settings import PreferenceTraining
-from align.artifacts import write_atomic, write_json
+from align.artifacts import COUNTS, write_atomic, write_json
 from align.errors import ConfigError, StageError
 from align.jsonl import dump_line
 from align.progress import progress_bar
@@ -41,7 +41,7 @@ def fit(
     out: Path,
     remedy: str,
 ) -> None:
-    """Writes adapter/, curves.jsonl, metrics.json and reference.json; goes on from the newest whole
+    """Writes adapter/, curves.jsonl, metrics.json and counts.json; goes on from the newest whole
     checkpoint.
 
     Raises:
@@ -242,7 +242,7 @@ def close(policy: Policy, data: PairData, folder: Path, out: Path) -> None:
     best = checkpoints.best(logged)
     checkpoints.export_adapter(checkpoints.checkpoint(folder, best["step"]), out / "adapter")
     write_atomic(out / "curves.jsonl", b"".join(dump_line(line) for line in logged).decode())
-    write_json(out / "reference.json", {"reference": policy.reference})
+    write_json(out / COUNTS, {"reference": policy.reference})
     write_json(
         out / "metrics.json",
         {

@@ -52,6 +52,7 @@ def run(settings: EvaluateStage, inputs: dict[str, Path], out: Path) -> None:
     verdicts: list[Verdict] | list[None] = [None] * len(pairs)
     if settings.judge is not None:
         verdicts = found = judge_all(settings, pairs, out / VERDICTS)
+        write_json(out / "counts.json", {"cost_usd": sum(verdict.cost for verdict in found)})
         metrics |= verdict_metrics(pairs, found, settings)
     with (out / "comparisons.jsonl").open("wb") as file:
         file.writelines(dump_line(row(p, v)) for p, v in zip(pairs, verdicts, strict=True))

@@ -20,7 +20,8 @@ from align.stages.settings import TrainStage
 
 
 def run(settings: TrainStage, inputs: dict[str, Path], out: Path) -> None:
-    """Writes adapter/ (plain PEFT), curves.jsonl, metrics.json and reference.json.
+    """Writes adapter/ (plain PEFT), curves.jsonl, metrics.json and counts.json (which
+    names the reference).
 
     Goes on from checkpoints/. Runs the same in one process or as one of several of
     `accelerate launch`; only the first writes.

@@ -151,7 +151,7 @@ def test_the_reference_is_named_beside_the_adapter(
 ) -> None:
     once = replace(ALGORITHM, epochs=0.5, evaluations=1)
     train.run(train_stage(tiny_nf4, once), {"reference": scored}, tmp_path)
-    assert json.loads((tmp_path / "reference.json").read_text()) == {
+    assert json.loads((tmp_path / "counts.json").read_text()) == {
         "reference": "base model, adapter off"
     }
     assert "reference: base model, adapter off" in capsys.readouterr().out
