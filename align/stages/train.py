@@ -50,8 +50,9 @@ def split(folder: Path, *, share: float, seed: int) -> PairData:
         sides[is_held_out(key, share)].append(i)
     if not all(sides):
         raise StageError(
-            f"algorithm.held_out={share}: leaves {len(sides[0])} pairs to train on and "
-            f"{len(sides[1])} to measure; choose another share, or give pairs of more prompts"
+            f"algorithm.held_out={share}: of {len(rows)} pairs it leaves {len(sides[0])} to train "
+            f"on and {len(sides[1])} to measure; type algorithm.held_out=0.2, or give pairs of "
+            "more prompts"
         )
     train, held_out = (
         PairRows(rows, chosen=scores.chosen, rejected=scores.rejected, indices=side)
