@@ -63,7 +63,7 @@ def test_every_key_has_a_comment_in_its_file(path):
     """A key is explained on its own line, or by the lines above its block."""
     lines = path.read_text().splitlines()
     assert lines[0].startswith("#") or lines[1].startswith("#")
-    if path.parent.name in ("algorithm", "adapter", "launch", "sampler", "model"):
+    if path.parent.name in ("algorithm", "adapter", "launch", "sampler", "model", "tuned"):
         bare = [
             line
             for line in lines
@@ -105,10 +105,7 @@ def test_every_key_has_a_comment_in_its_file(path):
         ("name=a/b", "name=a/b: must be a folder name of its own"),
         ("seed=-1", "seed=-1: must be at least 0"),
         ("launch.processes=0", "launch.processes=0: must be at least 1"),
-        (
-            "algorithm.micro_batch_size=64",
-            "algorithm.micro_batch_size=64: must be at least 1 and at most 16",
-        ),
+        ("algorithm.micro_batch_size=0", "algorithm.micro_batch_size=0: must be at least 1"),
         ("algorithm.module=no.such.module", "algorithm.module=no.such.module: cannot be imported"),
         ("foo", "foo"),
     ],
@@ -197,6 +194,18 @@ def test_own_preferences_switch_the_embedded_judge_off_and_the_command_line_stil
     assert read_config(tree).evaluate.judge.name == "rubric"
 
 
+def test_what_was_tuned_on_the_starter_stays_with_its_model_and_algorithm():
+    """A model of a billion parameters would not survive the starter's learning rate."""
+    own = ("model=hf", "model.name=owner/name")
+    starter, other = (composed("recipe=dpo", *words)["algorithm"] for words in ((), own))
+    assert starter["learning_rate"] > 1e-4 > 1e-5 > other["learning_rate"]
+    assert other["beta"] == 0.1
+    assert composed("recipe=dpo", "algorithm.beta=0.2")["algorithm"]["beta"] == 0.2
+    assert composed("recipe=dpo")["label"]["pairs"] == "best_vs_worst"
+    data = ("data=prompts", f"data.path={__file__}")
+    assert composed("recipe=dpo", *data)["label"]["pairs"] == "random", "judges cost money"
+
+
 MODULE = """
 from dataclasses import dataclass
 from align.algorithms.needs import Needs
@@ -230,6 +239,7 @@ def test_a_second_algorithm_brings_its_own_defaults_and_leaves_the_others_behind
     assert answer.returncode == 0, answer.stderr
     tree = yaml.safe_load(answer.stdout)
     assert tree["algorithm"]["gamma"] == 0.7 and "beta" not in tree["algorithm"]
+    assert tree["algorithm"]["learning_rate"] == 1e-5, "not what another one was tuned to"
     monkeypatch.syspath_prepend(tmp_path)
     config = read_config(tree)
     assert config.algorithm.gamma == 0.7 and config.algorithm.learning_rate == 1e-5

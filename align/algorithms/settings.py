@@ -34,9 +34,7 @@ class PreferenceTraining:
     def __post_init__(self) -> None:
         check_range("algorithm.epochs", self.epochs, low=0, above=True)
         check_range("algorithm.batch_size", self.batch_size, low=1)
-        check_range(
-            "algorithm.micro_batch_size", self.micro_batch_size, low=1, high=self.batch_size
-        )
+        check_range("algorithm.micro_batch_size", self.micro_batch_size, low=1)
         check_range("algorithm.learning_rate", self.learning_rate, low=0, above=True)
         check_choice("algorithm.schedule", self.schedule, SCHEDULES)
         check_range("algorithm.warmup", self.warmup, low=0, high=1)
