@@ -81,13 +81,18 @@ def spawn(
     )
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // processes)
     command = [*accelerate_command(launch, processes), "-m", "align.rank", str(request)]
+    # In a session of their own: Ctrl-C reaches this process alone, and it ends the others without
+    # a traceback from each. A stage goes on from any moment, so there is nothing to say goodbye to.
     child = subprocess.Popen(
-        command, env=accelerate_environment(threads), preexec_fn=die_with_parent
+        command,
+        env=accelerate_environment(threads),
+        preexec_fn=die_with_parent,
+        start_new_session=True,
     )
     try:
         status = child.wait()
     except KeyboardInterrupt:
-        child.send_signal(signal.SIGINT)
+        os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         raise
     if status != 0:

@@ -252,3 +252,29 @@ def test_two_processes_end_like_one(finished, tmp_path):
     assert two["train/steps"] == one["train/steps"]
     assert two["train/held_out_loss"] == pytest.approx(one["train/held_out_loss"], rel=1e-4)
     assert two["evaluate/kl"] == pytest.approx(one["evaluate/kl"], abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_of_a_launch_outlives_the_command_and_it_goes_on(tmp_path, how):
+    words = ("launch=accelerate", "launch.processes=2")
+
+    def ranks() -> list[str]:
+        listed = ["pgrep", "-f", f"align.rank {tmp_path}"]
+        return subprocess.run(listed, capture_output=True, text=True).stdout.split()
+
+    child = start(tmp_path, *words)
+    while len(ranks()) < 3:  # accelerate's launcher and two ranks
+        assert child.poll() is None
+        time.sleep(0.1)
+    time.sleep(10)
+    os.killpg(child.pid, how)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in err
+    deadline = time.monotonic() + 10
+    while ranks() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not ranks()
+    finish(start(tmp_path, *words))
+    assert metrics(tmp_path)["train/steps"] == 4
