@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -278,3 +279,24 @@ def test_no_process_of_a_launch_outlives_the_command_and_it_goes_on(tmp_path, ho
     assert not ranks()
     finish(start(tmp_path, *words))
     assert metrics(tmp_path)["train/steps"] == 4
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_random_moments_ends_as_if_undisturbed(finished, tmp_path):
+    draw, kills = random.Random(11), 0
+    while kills < 20:
+        child = start(tmp_path)
+        try:
+            child.communicate(timeout=draw.uniform(0.3, 9.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+            kills += 1
+        else:
+            assert child.returncode == 0
+            shutil.rmtree(tmp_path / "artifacts" / draw.choice(["train", "label", "generate"]))
+    finish(start(tmp_path))
+    assert metrics(tmp_path) == metrics(finished)
+    for name in ("candidates.jsonl", "preferences.jsonl", "adapter/adapter_model.safetensors"):
+        ours, theirs = (w / "dpo" / "latest" / name for w in (tmp_path, finished))
+        assert ours.read_bytes() == theirs.read_bytes(), name

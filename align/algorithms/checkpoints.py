@@ -3,9 +3,11 @@ is removed.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +61,27 @@ def history(path: Path) -> list[dict[str, Any]]:
     return logged
 
 
-def best(logged: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The measurement with the highest held-out accuracy; the lower held-out loss breaks ties."""
+def best(logged: Sequence[Mapping[str, Any]], *, pairs: int) -> Mapping[str, Any]:
+    """The measurement to keep: each in its turn against the one kept so far.
+
+    Args:
+        logged: lines with `eval_accuracy` and `eval_loss`; others are passed over.
+        pairs: how many were held out.
+    """
     measured = [line for line in logged if "eval_accuracy" in line]
-    return max(measured, key=lambda line: (line["eval_accuracy"], -line["eval_loss"]))
+    return reduce(lambda kept, line: line if better(line, kept, pairs=pairs) else kept, measured)
+
+
+def better(line: Mapping[str, Any], kept: Mapping[str, Any], *, pairs: int) -> bool:
+    """Whether held-out accuracy is higher by more than its standard error, sqrt(a (1 - a) / pairs);
+    closer ones are told apart by held-out loss.
+
+    With 40 pairs held out, one of them ranked otherwise must not throw half of a training away.
+    """
+    a = max(line["eval_accuracy"], kept["eval_accuracy"])
+    noise = math.sqrt(a * (1 - a) / pairs) + 1e-9
+    gain = line["eval_accuracy"] - kept["eval_accuracy"]
+    return bool(gain > noise or (gain >= -noise and line["eval_loss"] < kept["eval_loss"]))
 
 
 def keep_only(folder: Path, steps: set[int]) -> None:

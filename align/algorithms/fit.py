@@ -223,7 +223,8 @@ class Conductor(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # every process's random state is on disk
         if state.is_world_process_zero:
             checkpoints.mark_complete(checkpoints.checkpoint(self.folder, state.global_step))
-            best = int(checkpoints.best(state.log_history)["step"])
+            pairs = len(self.trainer.eval_dataset)  # type: ignore[arg-type]
+            best = int(checkpoints.best(state.log_history, pairs=pairs)["step"])
             checkpoints.keep_only(self.folder, {best, state.global_step})
 
     def close(self) -> None:
@@ -239,7 +240,7 @@ def close(policy: Policy, data: PairData, folder: Path, out: Path) -> None:
     newest = checkpoints.newest(folder)
     assert newest is not None, "the last step is always saved"
     logged = checkpoints.history(newest)
-    best = checkpoints.best(logged)
+    best = checkpoints.best(logged, pairs=len(data.held_out))
     checkpoints.export_adapter(checkpoints.checkpoint(folder, best["step"]), out / "adapter")
     write_atomic(out / "curves.jsonl", b"".join(dump_line(line) for line in logged).decode())
     write_json(out / COUNTS, {"reference": policy.reference})

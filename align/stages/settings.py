@@ -92,7 +92,7 @@ class HoldOutStage:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStage:
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: Model
     adapter: Lora
     algorithm: PreferenceTraining
@@ -101,7 +101,7 @@ class TrainStage:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateStage:
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: Model
     judge: Any
     resamples: int
