@@ -169,9 +169,10 @@ class Artifact:
         print(f"{self.stage}: {damage}; moved it to {aside} and making it again", flush=True)
         return False
 
-    def finish(self, *, body: Mapping[str, Any], duration_s: float) -> None:
+    def finish(self, *, body: Mapping[str, Any], duration_s: float, resumed: bool) -> None:
         """Writes the manifest, last of all, so that a killed stage is never taken for a finished
-        one. What the stage says of itself in counts.json goes along.
+        one. What the stage says of itself in counts.json goes along. The duration of a `resumed`
+        one leaves out what was done before.
         """
         files = {}
         for file in files_below(self.path):
@@ -191,6 +192,7 @@ class Artifact:
                 "versions": versions(),
                 "git_commit": git_commit(),
                 "duration_s": round(duration_s, 3),
+                "resumed": resumed,
                 "cost_usd": float(counts.get("cost_usd", 0.0)),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             },

@@ -109,7 +109,7 @@ def work(
     inputs = {name: made[source].path for name, source in step.inputs.items()}
     try:
         perform(step, inputs=inputs, out=artifact.path, run=run, launch=config.launch)
-        artifact.finish(body=body, duration_s=time.monotonic() - started)
+        artifact.finish(body=body, duration_s=time.monotonic() - started, resumed=resumed)
     except Exception as error:
         run.event(
             "failed",

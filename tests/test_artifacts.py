@@ -22,7 +22,7 @@ def artifact(tmp_path):
     made.path.mkdir(parents=True)
     (made.path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
     (made.path / "counts.json").write_text('{"preferences": 2, "cost_usd": 0.25}')
-    made.finish(body={"stage": "label"}, duration_s=1.0)
+    made.finish(body={"stage": "label"}, duration_s=1.0, resumed=False)
     return made
 
 

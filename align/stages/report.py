@@ -55,10 +55,13 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One step's price; `share` of the longest step's time, for the bar."""
+    """One step's price; `share` of the longest step's time, for the bar. Where the step was
+    `resumed`, the time before that is not known.
+    """
 
     name: str
     seconds: float
+    resumed: bool
     share: float
     usd: float
     rows: float
@@ -271,6 +274,7 @@ def costs(evidence: Evidence) -> list[Cost]:
         Cost(
             name=name,
             seconds=float(m["duration_s"]),
+            resumed=bool(m.get("resumed")),
             share=float(m["duration_s"]) / longest,
             usd=float(m.get("cost_usd") or 0.0),
             rows=max((m.get("rows") or {}).values(), default=0),

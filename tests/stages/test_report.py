@@ -200,6 +200,14 @@ def test_failed_comparisons_are_counted(tmp_path: Path) -> None:
     assert "1 refusal: comparisons without a verdict" in Page(made(inputs, tmp_path / "out")).text
 
 
+def test_a_resumed_step_claims_no_more_time_than_is_known(tmp_path: Path) -> None:
+    inputs = fabricate(tmp_path / "in", prompts=8)
+    assert "at least" not in Page(made(inputs, tmp_path / "whole")).text
+    path = inputs["train"] / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "resumed": True}))
+    assert "at least" in Page(made(inputs, tmp_path / "resumed")).text
+
+
 def test_training_and_evaluation_alone_are_enough(tmp_path: Path) -> None:
     everything = fabricate(tmp_path / "in", prompts=8)
     inputs = {name: everything[name] for name in ("train", "evaluate")}
