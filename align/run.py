@@ -5,7 +5,7 @@ Imports no torch.
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # Hydra prints its own multi-line errors and exits unless this is set; then they reach `one_line`
@@ -18,7 +18,15 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from align.config import CONF, did_you_mean, options, plain, read_config, register_resolvers
+from align.config import (
+    CONF,
+    STARTER,
+    did_you_mean,
+    options,
+    plain,
+    read_config,
+    register_resolvers,
+)
 from align.errors import AlignError, ConfigError
 from align.pipeline import Outcome, run_pipeline
 from align.sweep import comparison_table
@@ -56,6 +64,17 @@ def refuse_null_groups(words: list[str]) -> None:
             )
 
 
+def warn_of_tuning(tree: Mapping[str, Any], choices: Mapping[str, str]) -> None:
+    """Says so where another model stands in the starter's place, with what was tuned to that."""
+    if choices.get("model") == "starter" and tree["model"]["name"] != str(STARTER / "model"):
+        name = tree["model"]["name"]
+        print(
+            f"model.name={name}: trains with the learning rate and the rest that were tuned to the "
+            f"starter's small model; for the usual ones type model=hf model.name={name}",
+            file=sys.stderr,
+        )
+
+
 def one_line(error: Exception) -> str:
     """Hydra's and OmegaConf's complaints about an override, in one line with what was probably
     meant.
@@ -85,6 +104,7 @@ def task(outcomes: list[Outcome]) -> Callable[[DictConfig], None]:
         overrides = list(HydraConfig.get().overrides.task)
         try:
             tree = plain(composed)
+            warn_of_tuning(tree, HydraConfig.get().runtime.choices)
             outcomes.append(run_pipeline(read_config(tree), tree=tree, overrides=overrides))
         except AlignError as error:
             outcomes.append(Outcome(overrides=overrides, error=fail(str(error))))

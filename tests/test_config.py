@@ -206,6 +206,12 @@ def test_what_was_tuned_on_the_starter_stays_with_its_model_and_algorithm():
     assert composed("recipe=dpo", *data)["label"]["pairs"] == "random", "judges cost money"
 
 
+def test_another_model_in_the_starters_place_is_warned_of(tmp_path):
+    answer = run("recipe=dpo", "model.name=no/such", f"workspace={tmp_path}", HF_HUB_OFFLINE="1")
+    warning, error = said(answer)
+    assert "type model=hf model.name=no/such" in warning and error.startswith("error: ")
+
+
 MODULE = """
 from dataclasses import dataclass
 from align.algorithms.needs import Needs
