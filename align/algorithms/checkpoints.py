@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -62,26 +61,26 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def best(logged: Sequence[Mapping[str, Any]], *, pairs: int) -> Mapping[str, Any]:
-    """The measurement to keep: each in its turn against the one kept so far.
+    """The measurement to keep: the newest, unless an earlier one ranked held-out pairs better.
+
+    Better is what noise does not explain: a difference of more than one standard error of the
+    higher accuracy, sqrt(a (1 - a) / pairs). With 40 pairs held out, one of them ranked otherwise
+    must not throw half of a training away. Held-out loss does not decide: it rises with the margins
+    while the answers still improve.
 
     Args:
-        logged: lines with `eval_accuracy` and `eval_loss`; others are passed over.
+        logged: lines with `eval_accuracy`; others are passed over.
         pairs: how many were held out.
     """
-    measured = [line for line in logged if "eval_accuracy" in line]
-    return reduce(lambda kept, line: line if better(line, kept, pairs=pairs) else kept, measured)
-
-
-def better(line: Mapping[str, Any], kept: Mapping[str, Any], *, pairs: int) -> bool:
-    """Whether held-out accuracy is higher by more than its standard error, sqrt(a (1 - a) / pairs);
-    closer ones are told apart by held-out loss.
-
-    With 40 pairs held out, one of them ranked otherwise must not throw half of a training away.
-    """
-    a = max(line["eval_accuracy"], kept["eval_accuracy"])
-    noise = math.sqrt(a * (1 - a) / pairs) + 1e-9
-    gain = line["eval_accuracy"] - kept["eval_accuracy"]
-    return bool(gain > noise or (gain >= -noise and line["eval_loss"] < kept["eval_loss"]))
+    kept: Mapping[str, Any] = {}
+    for line in logged:
+        if "eval_accuracy" not in line:
+            continue
+        now, before = line["eval_accuracy"], kept.get("eval_accuracy", 0.0)
+        a = max(now, before)
+        if now >= before - math.sqrt(a * (1 - a) / pairs) - 1e-9:
+            kept = line
+    return kept
 
 
 def keep_only(folder: Path, steps: set[int]) -> None:
