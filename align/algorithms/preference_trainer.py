@@ -3,7 +3,7 @@ and measurements.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,28 +129,25 @@ class PreferenceTrainer(Trainer):
             torch.stack([sums[key] for key in SUMMED]), reduction="sum"
         )
         found = dict(zip(SUMMED, totals.tolist(), strict=True))
-        count, tokens, drop = (found.pop(k) for k in ("pairs", "chosen_tokens", "chosen_drop"))
+        count = found.pop("pairs")
+        tokens = {side: found.pop(f"{side}_tokens") for side in SIDES}
+        drops = {side: found.pop(f"{side}_drop") for side in SIDES}
         return {
             **{key: value / count for key, value in found.items()},
-            "chosen_logps_per_token": found["chosen_logps"] / tokens,
-            "chosen_drop_per_token": drop / tokens,
+            "chosen_logps_per_token": found["chosen_logps"] / tokens["chosen"],
+            **{f"{side}_drop_per_token": drops[side] / tokens[side] for side in SIDES},
         }
 
     def check_health(self, logs: dict[str, float]) -> None:
         """Ends a run that cannot recover.
 
         Raises:
-            StageError: loss or gradient are not finite, or chosen answers lost too much.
+            StageError: the step's measures say so.
         """
-        where = f"training collapsed at step {self.state.global_step}"
-        for key in ("loss", "grad_norm"):
-            if not math.isfinite(logs[key]):
-                raise StageError(f"{where}: {key} is {logs[key]}; {self.objective.remedy}")
-        if logs["chosen_drop_per_token"] > self.objective.max_drop:
+        reason = collapsed(logs, max_drop=self.objective.max_drop)
+        if reason is not None:
             raise StageError(
-                f"{where}: chosen answers lost {logs['chosen_drop_per_token']:.2f} nats per token "
-                "against the "
-                f"reference (algorithm.max_drop={self.objective.max_drop:g}); "
+                f"training collapsed at step {self.state.global_step}: {reason}; "
                 f"{self.objective.remedy}"
             )
 
@@ -184,6 +181,28 @@ class PreferenceTrainer(Trainer):
             self.model.train()
 
 
+def collapsed(logs: Mapping[str, float], *, max_drop: float) -> str | None:
+    """Why a run cannot recover: numbers that are none, chosen answers that are lost, or a margin
+    that runs away because rejected ones are lost without end; None where all is well.
+    """
+    for key in ("loss", "grad_norm"):
+        if not math.isfinite(logs[key]):
+            return f"{key} is {logs[key]}"
+    for side, times in (("chosen", 1), ("rejected", REJECTED_MAY_DROP)):
+        lost = logs[f"{side}_drop_per_token"]
+        if lost > times * max_drop:
+            allowed = f"{times} times " if times > 1 else ""
+            return (
+                f"{side} answers lost {lost:.2f} nats per token against the reference "
+                f"(more than {allowed}algorithm.max_drop={max_drop:g})"
+            )
+    return None
+
+
+SIDES = ("chosen", "rejected")
+# Losing rejected answers is the aim, so they may lose this many times what chosen ones may.
+REJECTED_MAY_DROP = 5
+
 SUMMED = (
     "pairs",
     "loss",
@@ -195,7 +214,9 @@ SUMMED = (
     "rejected_logps",
     "kl",
     "chosen_drop",
+    "rejected_drop",
     "chosen_tokens",
+    "rejected_tokens",
 )
 
 
@@ -217,7 +238,9 @@ def summed(pairs: PairLogprobs, results: Results) -> Sums:
         "rejected_logps": pairs.policy_rejected,
         "kl": -(pairs.chosen_ratio + pairs.rejected_ratio) / 2,
         "chosen_drop": -pairs.chosen_ratio,
+        "rejected_drop": -pairs.rejected_ratio,
         "chosen_tokens": pairs.chosen_length,
+        "rejected_tokens": pairs.rejected_length,
     }
     return {key: value.detach().sum().float() for key, value in named.items()}
 

@@ -3,6 +3,7 @@ killed.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from align.algorithms import checkpoints, dpo
 from align.algorithms import fit as fitting
 from align.algorithms.dpo_loss import PairLogprobs
 from align.algorithms.pairs import GlobalBatchSampler, PairData, PairRows, collate_pairs
-from align.algorithms.preference_trainer import Policy, PreferenceTrainer
+from align.algorithms.preference_trainer import Policy, PreferenceTrainer, collapsed
 from align.algorithms.settings import Dpo
 from align.errors import ConfigError, StageError
 from align.models.adapters import add_lora, load_adapter, without_adapter
@@ -239,6 +240,25 @@ def test_a_collapse_is_named_with_its_remedy(tiny: Model, lora: Lora, tmp_path: 
     wild = replace(SETTINGS, learning_rate=0.3, max_drop=0.01, epochs=4)
     with pytest.raises(StageError, match=r"collapsed.*algorithm\.max_drop=0\.01.*learning_rate"):
         train(tiny, lora, tmp_path, settings=wild)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"grad_norm": float("inf")}, "grad_norm is inf"),
+        ({"chosen_drop_per_token": 1.2}, "chosen answers lost 1.20 nats per token"),
+        ({"rejected_drop_per_token": 4.9}, None),
+        ({"rejected_drop_per_token": 5.1}, "rejected answers lost 5.10 .* 5 times algorithm.max_"),
+    ],
+)
+def test_a_run_is_given_up_when_numbers_answers_or_margins_run_away(
+    change: dict[str, float], says: str | None
+) -> None:
+    well = {"loss": 0.4, "grad_norm": 2.0, "chosen_drop_per_token": 0.1}
+    found = collapsed({**well, "rejected_drop_per_token": 0.5, **change}, max_drop=1.0)
+    assert (found is None) == (says is None)
+    assert says is None or re.match(says, found or "")
 
 
 def test_a_loss_that_is_no_number_ends_the_run(
