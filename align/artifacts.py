@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -174,6 +175,7 @@ class Artifact:
         one. What the stage says of itself in counts.json goes along. The duration of a `resumed`
         one leaves out what was done before.
         """
+        remove_partials(self.path)
         files = {}
         for file in files_below(self.path):
             stat = file.stat()
@@ -197,6 +199,17 @@ class Artifact:
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             },
         )
+
+
+def remove_partials(folder: Path) -> None:
+    """Removes what starts with a dot: files and folders that a kill left half-written or
+    half-removed.
+    """
+    for path in folder.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def count_lines(path: Path) -> int:

@@ -30,7 +30,6 @@ from align.stages.settings import Evaluate, Label
 PACKAGE = Path(__file__).parent
 STAGES = ("generate", "label", "train", "evaluate")
 MODES = ("auto", "inline", "accelerate")
-PRECISIONS = ("no", "bf16")
 
 
 def shipped(folder: str, clone_folder: str) -> Path:
@@ -57,11 +56,9 @@ class Launch:
     mode: str
     processes: int | None
     threads: int | None
-    mixed_precision: str
 
     def __post_init__(self) -> None:
         check_choice("launch.mode", self.mode, MODES)
-        check_choice("launch.mixed_precision", self.mixed_precision, PRECISIONS)
         for key in ("processes", "threads"):
             value = getattr(self, key)
             if value is not None:

@@ -25,11 +25,11 @@ SPIN_COUNT = "3000"
 
 def perform(step: Step, *, inputs: Mapping[str, Path], out: Path, run: Run, launch: Launch) -> None:
     """Runs one step to its end, where `launch` says."""
+    set_threads(launch.threads or len(os.sched_getaffinity(0)))  # before anything imports torch
     processes = wanted_processes(launch) if step.distributed else 1
     if step.distributed and (launch.mode == "accelerate" or processes > 1):
         spawn(step, inputs=inputs, out=out, run=run, launch=launch, processes=processes)
         return
-    set_threads(launch.threads or len(os.sched_getaffinity(0)))
     named_module("align.stages", step.stage).run(step.settings, inputs, out)
 
 
@@ -80,7 +80,7 @@ def spawn(
         },
     )
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    command = [*accelerate_command(launch, processes), "-m", "align.rank", str(request)]
+    command = [*accelerate_command(processes), "-m", "align.rank", str(request)]
     # In a session of their own: Ctrl-C reaches this process alone, and it ends the others without
     # a traceback from each. A stage goes on from any moment, so there is nothing to say goodbye to.
     child = subprocess.Popen(
@@ -103,7 +103,7 @@ def spawn(
         )
 
 
-def accelerate_command(launch: Launch, processes: int) -> list[str]:
+def accelerate_command(processes: int) -> list[str]:
     """`accelerate launch` and its options; the module to run follows."""
     return [
         sys.executable,
@@ -111,7 +111,7 @@ def accelerate_command(launch: Launch, processes: int) -> list[str]:
         "accelerate.commands.launch",
         f"--num_processes={processes}",
         "--num_machines=1",
-        f"--mixed_precision={launch.mixed_precision}",
+        "--mixed_precision=no",  # model.dtype says which: launching does not shape the result
         "--dynamo_backend=no",
         f"--main_process_port={free_port()}",
         # accelerate has no flag for several processes on CPUs; its launcher for GPUs takes them

@@ -154,6 +154,7 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
     measure = EvaluateStage(
         model=config.model,
         judge=config.evaluate.judge,
+        max_new_tokens=config.evaluate.max_new_tokens,
         resamples=config.evaluate.resamples,
         precision_samples=config.evaluate.precision_samples,
         seed=config.seed,
@@ -245,13 +246,21 @@ def shape(value: Any, hashes: HashCache) -> Any:
             if mark == "content" and part is not None:
                 shaping[f.name] = hashes.content(Path(part))
             elif f.name == "module" and part is not None:
-                spec = importlib.util.find_spec(part)
-                shaping[f.name] = (
-                    hashes.content(Path(spec.origin)) if spec and spec.origin else part
-                )
+                shaping[f.name] = source(part, hashes)
             elif mark != "ignore":
                 shaping[f.name] = shape(part, hashes)
         return shaping
     if isinstance(value, list | tuple):
         return [shape(part, hashes) for part in value]
     return value
+
+
+def source(module: str, hashes: HashCache) -> str:
+    """Hash of a user's module: its file, or all files of its package. What it imports from
+    elsewhere does not count.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return module
+    file = Path(spec.origin)
+    return hashes.content(file.parent if spec.submodule_search_locations else file)

@@ -75,11 +75,14 @@ class Record:
     def _shared(cls, line: Mapping[str, Any], number: int) -> dict[str, Any]:
         known = {f.name for f in fields(cls)} | {"v", "prompt", *cls.own_keys}
         meta = {key: value for key, value in line.items() if key not in known}
+        given = line.get("meta")
+        if given is not None and not isinstance(given, Mapping):
+            raise DataError(f'"meta" is a {type(given).__name__}, not an object {{…}}')
         identifier = line.get("id")
         return {
             "id": str(identifier) if identifier is not None else f"{number:07}",
             "messages": read_messages(line),
-            "meta": {**meta, **(line.get("meta") or {})},
+            "meta": {**meta, **(given or {})},
         }
 
     @classmethod

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from align.config import (
     CONF,
     STARTER,
+    Config,
     did_you_mean,
     options,
     plain,
@@ -64,10 +65,10 @@ def refuse_null_groups(words: list[str]) -> None:
             )
 
 
-def warn_of_tuning(tree: Mapping[str, Any], choices: Mapping[str, str]) -> None:
+def warn_of_tuning(config: Config, choices: Mapping[str, str]) -> None:
     """Says so where another model stands in the starter's place, with what was tuned to that."""
-    if choices.get("model") == "starter" and tree["model"]["name"] != str(STARTER / "model"):
-        name = tree["model"]["name"]
+    name = config.model.name
+    if choices.get("model") == "starter" and name != str(STARTER / "model"):
         print(
             f"model.name={name}: trains with the learning rate and the rest that were tuned to the "
             f"starter's small model; for the usual ones type model=hf model.name={name}",
@@ -84,6 +85,8 @@ def one_line(error: Exception) -> str:
         found = list(error.options or [])
         listed = f" ({', '.join(found)})" if found else ""
         return f"{group}={name}: no such {group}{did_you_mean(name, found) or listed}"
+    if isinstance(error, HydraException) and "resolving interpolation" in str(error):
+        return "a group that others build on was taken out (~group); swap it with group=NAME"
     cause: BaseException | None = error
     while cause is not None:
         key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
@@ -104,8 +107,9 @@ def task(outcomes: list[Outcome]) -> Callable[[DictConfig], None]:
         overrides = list(HydraConfig.get().overrides.task)
         try:
             tree = plain(composed)
-            warn_of_tuning(tree, HydraConfig.get().runtime.choices)
-            outcomes.append(run_pipeline(read_config(tree), tree=tree, overrides=overrides))
+            config = read_config(tree)
+            warn_of_tuning(config, HydraConfig.get().runtime.choices)
+            outcomes.append(run_pipeline(config, tree=tree, overrides=overrides))
         except AlignError as error:
             outcomes.append(Outcome(overrides=overrides, error=fail(str(error))))
         except OSError as error:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from align.pipeline import Outcome
 
@@ -33,7 +34,8 @@ def comparison_table(outcomes: Sequence[Outcome]) -> str:
             f"{outcome.metrics[key]:.3f}" if key in outcome.metrics else ""
             for key in shown.values()
         ]
-        table.add_row(own, *cells, outcome.error or str(outcome.folder))
+        # Text, not markup: an override or an error may hold brackets.
+        table.add_row(Text(own), *cells, Text(outcome.error or str(outcome.folder)))
     console = Console(width=160)
     with console.capture() as text:
         console.print(table)

@@ -35,6 +35,18 @@ def test_only_a_manifest_makes_an_artifact_finished(artifact):
     assert not artifact.finished()
 
 
+def test_what_a_kill_left_half_done_does_not_become_part_of_an_artifact(tmp_path):
+    run = Run(workspace=tmp_path, name="dpo", fingerprint="f" * 64)
+    made = run.artifact("train", "a" * 64)
+    (made.path / ".checkpoints.done" / "checkpoint-4").mkdir(parents=True)
+    (made.path / ".checkpoints.done" / "checkpoint-4" / "optimizer.pt").write_bytes(b"pickle")
+    (made.path / ".metrics.json.4711").write_text("{")
+    (made.path / "metrics.json").write_text("{}")
+    made.finish(body={"stage": "train"}, duration_s=1.0, resumed=True)
+    assert list(made.manifest["files"]) == ["metrics.json"]
+    assert sorted(p.name for p in made.path.iterdir()) == ["manifest.json", "metrics.json"]
+
+
 def test_a_copied_workspace_is_still_finished_though_its_times_moved(artifact):
     os.utime(artifact.path / "rows.jsonl", (1, 1))
     assert artifact.finished()

@@ -45,8 +45,9 @@ def test_a_sweeps_table_shows_what_differs_and_what_failed():
             folder=Path("runs/dpo/aaaa"),
             metrics={"evaluate/win_rate": 0.81},
         ),
-        Outcome(overrides=["recipe=dpo", "algorithm.beta=9"], error="training collapsed"),
+        Outcome(overrides=["recipe=dpo", "stages=[label]"], error="training [/x] collapsed"),
     ]
     table = comparison_table(outcomes)
-    assert "algorithm.beta=0.1" in table and "0.810" in table and "training collapsed" in table
+    assert "algorithm.beta=0.1" in table and "0.810" in table and "training [/x] collapsed" in table
+    assert "stages=[label]" in table, "brackets are no markup"
     assert "recipe=dpo" not in table, "what all runs share tells nothing"

@@ -107,6 +107,8 @@ def test_every_key_has_a_comment_in_its_file(path):
         ("launch.processes=0", "launch.processes=0: must be at least 1"),
         ("algorithm.micro_batch_size=0", "algorithm.micro_batch_size=0: must be at least 1"),
         ("algorithm.module=no.such.module", "algorithm.module=no.such.module: cannot be imported"),
+        ("algorithm.warmup=1", "algorithm.warmup=1.0: must be at least 0 and at most 0.99"),
+        ("~model", "a group that others build on was taken out"),
         ("foo", "foo"),
     ],
 )
@@ -204,6 +206,20 @@ def test_what_was_tuned_on_the_starter_stays_with_its_model_and_algorithm():
     assert composed("recipe=dpo")["label"]["pairs"] == "best_vs_worst"
     data = ("data=prompts", f"data.path={__file__}")
     assert composed("recipe=dpo", *data)["label"]["pairs"] == "random", "judges cost money"
+
+
+def test_a_recipe_of_ones_own_has_the_last_word_but_for_the_command_line(tmp_path):
+    recipes = tmp_path / "conf" / "recipe"
+    recipes.mkdir(parents=True)
+    (recipes / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /algorithm: dpo]\nrecipe_name: mine\n"
+        "stages: [generate, label, train]\nalgorithm: {learning_rate: 1.0e-4, beta: 0.3}\n"
+    )
+    words = ["--config-dir", str(tmp_path / "conf"), "recipe=mine", "algorithm.beta=0.2"]
+    answer = run(*words, "--cfg", "job")
+    algorithm = yaml.safe_load(answer.stdout)["algorithm"]
+    assert algorithm["learning_rate"] == 1e-4 and algorithm["beta"] == 0.2
+    assert algorithm["epochs"] == 3, "the rest as tuned"
 
 
 def test_another_model_in_the_starters_place_is_warned_of(tmp_path):

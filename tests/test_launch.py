@@ -12,7 +12,7 @@ import pytest
 from align.config import Launch
 from align.launch import accelerate_command, thread_environment, wanted_processes
 
-LAUNCH = Launch(mode="auto", processes=None, threads=None, mixed_precision="no")
+LAUNCH = Launch(mode="auto", processes=None, threads=None)
 
 
 def test_waiting_threads_sleep_soon_unless_the_user_says_how_they_wait(
@@ -31,8 +31,8 @@ def test_inline_is_one_process_whatever_is_asked() -> None:
 
 
 def test_several_processes_are_told_to_accelerate_and_one_is_not() -> None:
-    assert "--multi_gpu" in accelerate_command(LAUNCH, 2)
-    assert "--multi_gpu" not in accelerate_command(LAUNCH, 1)
+    assert "--multi_gpu" in accelerate_command(2)
+    assert "--multi_gpu" not in accelerate_command(1)
 
 
 def alive(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from align.errors import DataError
 from align.records import Candidate, Comparison, Message, Preference, Prompt, Verdict
 
 
@@ -43,3 +44,8 @@ def test_a_swapped_comparison_carries_its_indices_along():
 def test_a_failure_can_carry_no_probability_and_a_verdict_needs_one(status, p):
     with pytest.raises(ValueError, match="verdict"):
         Verdict(id="1", first=0, second=1, status=status, p_first=p, consistent=True, judge="x")
+
+
+def test_meta_that_is_no_object_is_refused():
+    with pytest.raises(DataError, match='"meta" is a str, not an object'):
+        Prompt.from_json({"prompt": "q", "meta": "abc"})

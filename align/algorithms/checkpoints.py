@@ -63,24 +63,29 @@ def history(path: Path) -> list[dict[str, Any]]:
 def best(logged: Sequence[Mapping[str, Any]], *, pairs: int) -> Mapping[str, Any]:
     """The measurement to keep: the newest, unless an earlier one ranked held-out pairs better.
 
-    Better is what noise does not explain: a difference of more than one standard error of the
-    higher accuracy, sqrt(a (1 - a) / pairs). With 40 pairs held out, one of them ranked otherwise
-    must not throw half of a training away. Held-out loss does not decide: it rises with the margins
-    while the answers still improve.
+    Better is what noise does not explain: a difference of more than one pair, and of more than the
+    standard error of the highest accuracy, sqrt(a (1 - a) / pairs). With 40 pairs held out, one of
+    them ranked otherwise must not throw half of a training away. Held-out loss does not decide: it
+    rises with the margins while the answers still improve.
 
     Args:
         logged: lines with `eval_accuracy`; others are passed over.
         pairs: how many were held out.
     """
-    kept: Mapping[str, Any] = {}
-    for line in logged:
-        if "eval_accuracy" not in line:
-            continue
-        now, before = line["eval_accuracy"], kept.get("eval_accuracy", 0.0)
-        a = max(now, before)
-        if now >= before - math.sqrt(a * (1 - a) / pairs) - 1e-9:
-            kept = line
-    return kept
+    newest, top = newest_and_top(logged)
+    a = float(top["eval_accuracy"])
+    noise = max(math.sqrt(a * (1 - a) / pairs), 1 / pairs) + 1e-9
+    return newest if newest["eval_accuracy"] >= a - noise else top
+
+
+def newest_and_top(
+    logged: Sequence[Mapping[str, Any]],
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The last measurement and the most accurate one, the later of equals: what may still be the
+    best later on is one of the two.
+    """
+    measured = [line for line in logged if "eval_accuracy" in line]
+    return measured[-1], max(reversed(measured), key=lambda line: float(line["eval_accuracy"]))
 
 
 def keep_only(folder: Path, steps: set[int]) -> None:

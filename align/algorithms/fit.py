@@ -28,6 +28,7 @@ from align.errors import ConfigError, StageError
 from align.jsonl import dump_line
 from align.progress import progress_bar
 
+GONE = ".checkpoints.done"
 OPTIMIZERS = {"adamw": "adamw_torch", "paged_adamw_8bit": "paged_adamw_8bit"}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -49,6 +50,7 @@ def fit(
     """
     check_enough(data, settings)
     folder = out / "checkpoints"
+    shutil.rmtree(folder.with_name(GONE), ignore_errors=True)
     if not folder.exists() and (out / "metrics.json").exists():
         return  # killed between its last line and the manifest
     folder.mkdir(exist_ok=True)
@@ -223,9 +225,8 @@ class Conductor(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # every process's random state is on disk
         if state.is_world_process_zero:
             checkpoints.mark_complete(checkpoints.checkpoint(self.folder, state.global_step))
-            pairs = len(self.trainer.eval_dataset)  # type: ignore[arg-type]
-            best = int(checkpoints.best(state.log_history, pairs=pairs)["step"])
-            checkpoints.keep_only(self.folder, {best, state.global_step})
+            kept = checkpoints.newest_and_top(state.log_history)
+            checkpoints.keep_only(self.folder, {int(line["step"]) for line in kept})
 
     def close(self) -> None:
         self.shown.close()
@@ -257,7 +258,6 @@ def close(policy: Policy, data: PairData, folder: Path, out: Path) -> None:
         },
     )
     # Renamed first: a folder that stands under this name is always whole.
-    gone = folder.with_name(".checkpoints.done")
-    shutil.rmtree(gone, ignore_errors=True)
+    gone = folder.with_name(GONE)
     folder.rename(gone)
     shutil.rmtree(gone)

@@ -37,7 +37,7 @@ class PreferenceTraining:
         check_range("algorithm.micro_batch_size", self.micro_batch_size, low=1)
         check_range("algorithm.learning_rate", self.learning_rate, low=0, above=True)
         check_choice("algorithm.schedule", self.schedule, SCHEDULES)
-        check_range("algorithm.warmup", self.warmup, low=0, high=1)
+        check_range("algorithm.warmup", self.warmup, low=0, high=0.99)
         check_range("algorithm.weight_decay", self.weight_decay, low=0)
         check_range("algorithm.max_grad_norm", self.max_grad_norm, low=0, above=True)
         check_choice("algorithm.optimizer", self.optimizer, OPTIMIZERS)

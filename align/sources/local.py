@@ -3,6 +3,8 @@ can name.
 """
 
 from collections.abc import Iterator, Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +41,25 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
     for batch in file.iter_batches():
         for row in batch.to_pylist():
             number += 1
-            yield f"{path}, row {number}", number, row
+            place = f"{path}, row {number}"
+            yield place, number, {key: as_json(value, place, key) for key, value in row.items()}
+
+
+def as_json(value: Any, place: str, column: str) -> Any:
+    """A parquet value as JSON has it: times as ISO 8601, decimals as their digits.
+
+    Raises:
+        DataError: bytes, which are no text.
+    """
+    if isinstance(value, dict):
+        return {key: as_json(part, place, column) for key, part in value.items()}
+    if isinstance(value, list):
+        return [as_json(part, place, column) for part in value]
+    if isinstance(value, bytes):
+        raise DataError(f"{place}: column {column!r} holds bytes; leave it out of the file")
+    if isinstance(value, date | time):
+        return value.isoformat()
+    return str(value) if isinstance(value, Decimal | timedelta) else value
 
 
 def records(path: Path, from_json: FromJson[T]) -> Iterator[T]:

@@ -11,7 +11,6 @@ from align.models.adapters import load_adapter, without_adapter
 from align.models.chat import encode_prompt
 from align.models.load import load_model, load_tokenizer, window
 from align.models.logprobs import Row, score_rows
-from align.models.settings import Model
 from align.stages.settings import EvaluateStage
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def divergence(settings: EvaluateStage, pairs: "Sequence[Pair]", adapter: Path) 
     log p (full-precision base)|.
     """
     model = load_adapter(load_model(settings.model), adapter)
-    rows = policy_rows(settings.model, model, pairs)
+    rows = policy_rows(settings, model, pairs)
     policy = score_rows(model, rows, title="KL: policy")
     with without_adapter(model):
         reference = score_rows(model, rows, title="KL: reference")
@@ -51,12 +50,16 @@ def divergence(settings: EvaluateStage, pairs: "Sequence[Pair]", adapter: Path) 
     return metrics
 
 
-def policy_rows(settings: Model, model: Any, pairs: "Sequence[Pair]") -> list[Row]:
-    """Each prompt with the tokens that the policy sampled, end-of-sequence token included."""
-    tokenizer = load_tokenizer(settings)
-    rows = []
-    for pair in pairs:
-        room = window(model) - len(pair.after.tokens)
-        prompt = encode_prompt(tokenizer, pair.prompt.messages, max_tokens=room)
-        rows.append(Row(prompt=prompt.ids, completion=pair.after.tokens))
-    return rows
+def policy_rows(settings: EvaluateStage, model: Any, pairs: "Sequence[Pair]") -> list[Row]:
+    """Each prompt as the sampler saw it, with the tokens that the policy drew, end-of-sequence
+    token included.
+    """
+    tokenizer = load_tokenizer(settings.model)
+    room = window(model) - settings.max_new_tokens
+    return [
+        Row(
+            prompt=encode_prompt(tokenizer, pair.prompt.messages, max_tokens=room).ids,
+            completion=pair.after.tokens,
+        )
+        for pair in pairs
+    ]

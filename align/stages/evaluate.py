@@ -90,7 +90,20 @@ def judge_all(settings: EvaluateStage, pairs: Sequence[Pair], path: Path) -> lis
         title="judge",
     )
     found = {verdict.id: verdict for verdict in read_verdicts(path)}
-    return [found[pair.prompt.id] for pair in pairs]
+    return [found.get(pair.prompt.id) or unanswered(pair) for pair in pairs]
+
+
+def unanswered(pair: Pair) -> Verdict:
+    """Where the judge passed a comparison over: counted, and no verdict."""
+    return Verdict(
+        id=pair.prompt.id,
+        first=0,
+        second=1,
+        status="failed",
+        p_first=None,
+        consistent=False,
+        judge="",
+    )
 
 
 def p_after(verdict: Verdict) -> float | None:

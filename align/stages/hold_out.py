@@ -22,8 +22,8 @@ def run(settings: HoldOutStage, inputs: dict[str, Path], out: Path) -> None:
     lines = [dump_line(prompt.to_json()) for prompt in islice(prompts, settings.limit)]
     if not lines:
         raise StageError(
-            f"algorithm.held_out={settings.share}: holds no prompt out of these; type "
-            "algorithm.held_out=0.2"
+            f"algorithm.held_out={settings.share}: holds no prompt out of these; give "
+            "pairs of more prompts, or raise it"
         )
     (out / "prompts.jsonl").write_bytes(b"".join(lines))
     write_json(out / "counts.json", {"prompts": len(lines)})

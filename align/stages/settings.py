@@ -101,9 +101,10 @@ class TrainStage:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateStage:
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     model: Model
     judge: Any
+    max_new_tokens: int
     resamples: int
     precision_samples: int
     seed: int

@@ -51,8 +51,8 @@ def split(folder: Path, *, share: float, seed: int) -> PairData:
     if not all(sides):
         raise StageError(
             f"algorithm.held_out={share}: of {len(rows)} pairs it leaves {len(sides[0])} to train "
-            f"on and {len(sides[1])} to measure; type algorithm.held_out=0.2, or give pairs of "
-            "more prompts"
+            f"on and {len(sides[1])} to measure; give pairs of more prompts, or "
+            f"{'raise' if sides[0] else 'lower'} algorithm.held_out"
         )
     train, held_out = (
         PairRows(rows, chosen=scores.chosen, rejected=scores.rejected, indices=side)

@@ -147,26 +147,38 @@ def test_the_kept_adapter_is_the_best_measurements(tiny: Model, lora: Lora, tmp_
     assert margin.mean().item() == pytest.approx(metrics["train/held_out_margin"], abs=1e-5)
 
 
-def test_the_newest_is_kept_unless_an_earlier_one_is_better_by_more_than_noise() -> None:
-    logged = [
-        {"step": 1, "eval_accuracy": 0.70},
-        {"step": 2, "eval_accuracy": 0.80},
-        {"step": 2, "loss": 0.1},
-        {"step": 3, "eval_accuracy": 0.77},
+@pytest.mark.parametrize(
+    ("accuracies", "pairs", "kept"),
+    [
+        # One standard error of 0.8 is 0.04 with 100 pairs and 0.02 with 400.
+        ([0.7, 0.8, 0.77], 100, 2),
+        ([0.7, 0.8, 0.77], 400, 1),
+        ([40 / 40, 39 / 40], 40, 1),  # one pair is no evidence
+        ([40 / 40, 38 / 40], 40, 0),
+        ([0.9, 0.875, 0.85, 0.82], 100, 0),  # nor do small steps add up to a free fall
+        ([0.8, 0.9, 0.9], 1000, 2),
+    ],
+)
+def test_the_newest_is_kept_unless_an_earlier_one_is_better_by_more_than_noise(
+    accuracies: list[float], pairs: int, kept: int
+) -> None:
+    logged: list[dict[str, float]] = [
+        {"step": i, "eval_accuracy": accuracy} for i, accuracy in enumerate(accuracies)
     ]
-    # One standard error of 0.8 is 0.04 with 100 pairs and 0.02 with 400.
-    assert checkpoints.best(logged, pairs=100)["step"] == 3
-    assert checkpoints.best(logged, pairs=400)["step"] == 2
+    logged.insert(1, {"step": 1, "loss": 0.1})
+    assert checkpoints.best(logged, pairs=pairs)["step"] == kept
 
 
-def test_what_is_kept_is_what_was_kept_before_or_the_newest() -> None:
-    """Else a checkpoint that was removed could become the best one later."""
+def test_what_is_best_later_was_not_removed_before() -> None:
     draw = numpy.random.default_rng(0)
     for _ in range(300):
         logged = [{"step": i, "eval_accuracy": draw.uniform(0.7, 0.9)} for i in range(6)]
-        for count in range(2, 7):
-            before = checkpoints.best(logged[: count - 1], pairs=50)["step"]
-            assert checkpoints.best(logged[:count], pairs=50)["step"] in (before, count - 1)
+        standing: set[float] = set()
+        for count in range(1, 7):
+            standing.add(count - 1)
+            kept = checkpoints.newest_and_top(logged[:count])
+            standing &= {line["step"] for line in kept}
+            assert checkpoints.best(logged[:count], pairs=50)["step"] in standing
 
 
 @pytest.mark.parametrize("micro", [1, 2])

@@ -37,6 +37,27 @@ def test_parquet_and_jsonl_give_the_same_records(tmp_path):
     assert one == other and len(one) == 3
 
 
+def test_columns_of_ones_own_survive_from_parquet_too(tmp_path):
+    import datetime
+    from decimal import Decimal
+
+    when = datetime.datetime(2026, 3, 1, 12, 30)
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    own = {"when": when, "price": Decimal("1.50"), "tags": [{"day": when.date()}]}
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, **own}]), path)
+    run(ReadStage(source=settings(path), test=False, limit=None), {}, tmp_path)
+    read = json.loads((tmp_path / "preferences.jsonl").read_text())
+    assert read["meta"] == {
+        "when": "2026-03-01T12:30:00",
+        "price": "1.50",
+        "tags": [{"day": "2026-03-01"}],
+    }
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "raw": b"\xff"}]), path)
+    with pytest.raises(DataError, match="row 1: column 'raw' holds bytes"):
+        run(ReadStage(source=settings(path), test=False, limit=None), {}, tmp_path)
+
+
 def test_the_conversational_form_of_trl_is_read(tmp_path):
     path = tmp_path / "p.jsonl"
     turn = {"role": "user", "content": "q"}

@@ -32,6 +32,8 @@ async def compare(comparisons, *, settings):
             asked = log.tell()
         if settings.opinion == "dies" and asked > 4 * 40:
             raise RuntimeError("killed")
+        if settings.opinion == "skips" and "3" in c.first:
+            continue
         status = "ok"
         scores = tuple({"correct": float("new" in t), "kind": float("3" in t)}
                        for t in (c.first, c.second))
@@ -103,7 +105,7 @@ def stage(tiny: Model, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         out.mkdir(exist_ok=True)
         judge = opinion and Judge(opinion=opinion, log=str(tmp_path / "log"))
         settings = EvaluateStage(
-            model=tiny, judge=judge, resamples=200, precision_samples=0, seed=5
+            model=tiny, judge=judge, max_new_tokens=32, resamples=200, precision_samples=0, seed=5
         )
         evaluate.run(settings, inputs, out)
         found: dict[str, float] = json.loads((out / "metrics.json").read_text())
@@ -138,6 +140,13 @@ def test_a_refusal_is_counted_and_is_no_verdict(stage: Any, tmp_path: Path) -> N
         json.loads(x) for x in (tmp_path / "out" / "comparisons.jsonl").read_text().split("\n")[:-1]
     ]
     assert [row["p_after"] is None for row in rows] == ["3" in row["id"] for row in rows]
+
+
+def test_an_answer_that_the_judge_passed_over_counts_as_failed(stage: Any, tmp_path: Path) -> None:
+    found = stage("skips", tmp_path / "out")
+    skipped = sum("3" in str(i) for i in range(PROMPTS))
+    assert found["evaluate/failed"] == skipped
+    assert found["evaluate/n_judged"] == PROMPTS - skipped
 
 
 def test_what_was_judged_before_an_error_is_not_asked_again(stage: Any, tmp_path: Path) -> None:
