@@ -139,13 +139,18 @@ def gather_metrics(made: dict[str, Artifact], run: Run) -> dict[str, Any]:
 
 
 def closing(run: Run, made: dict[str, Artifact], *, anything: bool) -> None:
-    latest = run.path.with_name("latest")
+    latest, workspace = shortest(run.path.with_name("latest")), shortest(run.workspace)
     if not anything:
         print(f"everything is up to date: {latest}")
     if "report" in made:
         print((made["report"].path / "verdict.txt").read_text(encoding="utf-8").strip())
         print(f"report: {latest / 'report.html'}")
         print(
-            f"try it: python -m align.chat run={run.name} "
-            f"workspace={shlex.quote(str(run.workspace))}"
+            f"try it: python -m align.chat run={run.name} workspace={shlex.quote(str(workspace))}"
         )
+
+
+def shortest(path: Path) -> Path:
+    """Relative to the current folder where it lies in it: what one can read and type."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

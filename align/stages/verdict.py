@@ -99,8 +99,10 @@ def _unjudged(metrics: Mapping[str, float], *, judge: str | None) -> str:
             f"ranks {percent(metrics['evaluate/held_out_accuracy'])} of held-out preferences right"
         )
     if "evaluate/kl" in metrics:
+        chance = " (an estimate, below 0 by chance)" if metrics["evaluate/kl"] < 0 else ""
         known.append(
-            f"stands {number(metrics['evaluate/kl'])} nats an answer from the model it started from"
+            f"stands {number(metrics['evaluate/kl'])} nats an answer from the model it started "
+            f"from{chance}"
         )
     also = f" The tuned model {' and '.join(known)}." if known else ""
     return f"There is no win rate: {why}, so whether the answers got better was not measured.{also}"
