@@ -29,6 +29,7 @@ from align.config import (
     register_resolvers,
 )
 from align.errors import AlignError, ConfigError
+from align.interrupt import STATUS, interrupted, leave, watch
 from align.pipeline import Outcome, run_pipeline
 from align.sweep import comparison_table
 
@@ -111,6 +112,8 @@ def task(outcomes: list[Outcome]) -> Callable[[DictConfig], None]:
             warn_of_tuning(config, HydraConfig.get().runtime.choices)
             outcomes.append(run_pipeline(config, tree=tree, overrides=overrides))
         except AlignError as error:
+            if interrupted():  # an interrupt that a library took for a failure of its own
+                raise KeyboardInterrupt from error
             outcomes.append(Outcome(overrides=overrides, error=fail(str(error))))
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
@@ -125,6 +128,21 @@ def task(outcomes: list[Outcome]) -> Callable[[DictConfig], None]:
 
 def main() -> None:
     """Exit status: 0 done, 1 an error of the user's, 130 interrupted."""
+    watch()
+    try:
+        status = command()
+    except BaseException as error:
+        if not interrupted(error):
+            raise
+        status = STATUS
+    if status == STATUS or (status and interrupted()):
+        again = shlex.join(["python", "-m", "align.run", *sys.argv[1:]])
+        leave(f"interrupted; what is finished is kept. To go on: {again}")
+    sys.exit(status)
+
+
+def command() -> int:
+    """Runs what the command line says; returns the exit status."""
     outcomes: list[Outcome] = []
     try:
         refuse_ranks()
@@ -134,20 +152,16 @@ def main() -> None:
         decorated(task(outcomes))()
     except AlignError as error:
         fail(str(error))
-        sys.exit(1)
+        return 1
     except (HydraException, OmegaConfBaseException) as error:
         fail(one_line(error))
-        sys.exit(1)
+        return 1
     except OSError as error:  # Hydra's own folder of a sweep
         fail(f"{error.filename}: {error.strerror}; give another workspace=DIR")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        command = shlex.join(["python", "-m", "align.run", *sys.argv[1:]])
-        print(f"\ninterrupted; what is finished is kept. To go on: {command}", file=sys.stderr)
-        sys.exit(130)
+        return 1
     if len(outcomes) > 1:
         print(comparison_table(outcomes))
-    sys.exit(any(outcome.error for outcome in outcomes))
+    return int(any(outcome.error for outcome in outcomes))
 
 
 def fail(line: str) -> str:
