@@ -43,9 +43,10 @@ STARTER = shipped("starter", "data/starter")
 
 
 def register_resolvers() -> None:
-    """`${starter:FILE}` is the path of a file of the starter kit, wherever the package is
-    installed.
+    """`${starter:FILE}` is the path of a file of the starter kit, `${conf:FILE}` of the shipped
+    configuration, wherever the package is installed.
     """
+    OmegaConf.register_new_resolver("conf", lambda file: str(CONF / file), replace=True)
     OmegaConf.register_new_resolver("starter", lambda file: str(STARTER / file), replace=True)
 
 
@@ -154,12 +155,29 @@ def build(cls: type[Any], node: Mapping[str, Any], prefix: str) -> Any:
     missing = [key for key in known if key not in node]
     if missing:
         raise ConfigError(f"{prefix}{missing[0]} has no value; type {prefix}{missing[0]}=VALUE")
-    return cls(**{key: convert(f"{prefix}{key}", hints[key], node[key]) for key in known})
+    rooms = {f.name: f.metadata["room"] for f in dataclasses.fields(cls) if "room" in f.metadata}
+    return cls(
+        **{
+            key: nested(f"{prefix}{key}", rooms[key], node[key])
+            if key in rooms
+            else convert(f"{prefix}{key}", hints[key], node[key])
+            for key in known
+        }
+    )
+
+
+def nested(key: str, room: str, node: Any) -> Any:
+    """A node of another room inside of this one (a judge's judge), or several by name."""
+    if node is None:
+        return None
+    if isinstance(node, Mapping) and "name" not in node:
+        return {name: nested(f"{key}.{name}", room, part) for name, part in node.items()}
+    return build_named(key, room, Any, node)
 
 
 def convert(key: str, hint: Any, value: Any) -> Any:
     if key in ROOMS:
-        return build_named(key, hint, value)
+        return build_named(key, ROOMS[key], hint, value)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(
@@ -174,7 +192,7 @@ def convert(key: str, hint: Any, value: Any) -> Any:
         raise ConfigError(f"{key}={value}: must be {wanted}") from error
 
 
-def build_named(key: str, hint: Any, node: Any) -> Any:
+def build_named(key: str, room: str, hint: Any, node: Any) -> Any:
     """The dataclass that reads one group's node; None for a judge called none."""
     if not isinstance(node, Mapping):
         raise ConfigError(
@@ -185,7 +203,7 @@ def build_named(key: str, hint: Any, node: Any) -> Any:
     name, module = node.get("name"), node.get("module")
     if name == "none":
         return None
-    return build(settings_class(ROOMS[key], str(name), module, key), node, f"{key}.")
+    return build(settings_class(room, str(name), module, key), node, f"{key}.")
 
 
 def settings_class(room: str, name: str, module: str | None, key: str) -> type[Any]:

@@ -8,6 +8,9 @@ within exec(), handled or not. So it is remembered that there was one.
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -28,6 +31,30 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         os._exit(STATUS)
     _seen.append(number)
     raise KeyboardInterrupt
+
+
+@contextmanager
+def deferred(first: Callable[[], None]) -> Iterator[None]:
+    """Within it the first interrupt calls `first` and raises nothing, for work that must come to an
+    end of its own; a second one ends the process at once. Where interrupts are ignored, they stay
+    so.
+    """
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if _seen:
+            os._exit(STATUS)
+        _seen.append(number)
+        first()
+
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def interrupted(error: BaseException | None = None) -> bool:

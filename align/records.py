@@ -193,7 +193,7 @@ class Comparison:
 
 
 OK, TIE = "ok", "tie"
-STATUSES = (OK, TIE, "refusal", "malformed", "overflow", "failed")
+STATUSES = (OK, TIE, "disagreement", "refusal", "malformed", "overflow", "failed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +205,8 @@ class Verdict:
         p_first: probability that the first answer is better, over both orders; None unless ok or
             tie.
         consistent: both orders agreed.
+        looks: probability of the answer *shown first*, in the given order and in the swapped one;
+            empty where the judge does not look in orders.
         margin: how much better the preferred one is on the judge's own scale, None where it has
             none.
         scores: the judge's named marks for (first, second), for the report; empty where it has
@@ -219,6 +221,7 @@ class Verdict:
     p_first: float | None
     consistent: bool
     judge: str
+    looks: Sequence[float] = ()
     margin: float | None = None
     scores: Sequence[Mapping[str, float]] = ()
     level: str | None = None

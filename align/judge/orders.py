@@ -31,6 +31,7 @@ def over_both_orders(
         consistent=(leaning > 0) == (leaning_swapped > 0)
         and (leaning < 0) == (leaning_swapped < 0),
         judge=judge,
+        looks=(p_first, p_first_swapped),
         margin=margin,
         scores=scores,
     )

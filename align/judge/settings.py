@@ -1,8 +1,19 @@
 """Settings of the judges; values and comments are in conf/judge/."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from align.checks import check_file
+from align.checks import check_choice, check_file, check_range
+from align.errors import ConfigError
+from align.judge.forms import KINDS, MODES, SCALES
+
+CONTENT = {"fingerprint": "content"}
+UNSHAPING = {"fingerprint": "ignore"}
+ROOM = {"room": "align.judge"}  # the field holds another judge, or several by name
+DISAGREEMENT = ("tie", "drop", "soft", "escalate")
+OVERFLOW = ("truncate", "drop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +22,144 @@ class Rubric:
 
     name: str
     module: str | None
-    path: str = field(metadata={"fingerprint": "content"})
+    path: str = field(metadata=CONTENT)
 
     def __post_init__(self) -> None:
         check_file("judge.path", self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """What judges that read a prompt share: how it is put to them and what becomes of the answer."""
+
+    name: str
+    module: str | None
+    identity: str | None
+    prompt: str = field(metadata=CONTENT)
+    prompts: str = field(metadata=CONTENT)
+    kind: str
+    scale: str
+    lowest: int
+    highest: int
+    criteria: list[str]
+    reason: bool
+    reference: str
+    on_disagreement: str
+    escalate: Any = field(metadata=ROOM)
+    max_chars: int
+    on_overflow: str
+
+    def __post_init__(self) -> None:
+        shipped = Path(self.prompts) / f"{self.prompt}.j2"
+        path = shipped if shipped.is_file() else Path(self.prompt)
+        if not path.is_file():
+            names = sorted(p.stem for p in Path(self.prompts).glob("*.j2") if p.stem != "base")
+            raise ConfigError(
+                f"judge.prompt={self.prompt}: neither one of {', '.join(names)} nor a file; type "
+                "judge.prompt=NAME or judge.prompt=FILE.j2"
+            )
+        object.__setattr__(self, "prompt", str(path.absolute()))  # from here on it is a file
+        check_choice("judge.kind", self.kind, KINDS)
+        check_choice("judge.scale", self.scale, tuple(SCALES))
+        check_range("judge.lowest", self.lowest, low=0)
+        check_range("judge.highest", self.highest, low=self.lowest, high=100, above=True)
+        check_choice("judge.on_disagreement", self.on_disagreement, DISAGREEMENT)
+        check_choice("judge.on_overflow", self.on_overflow, OVERFLOW)
+        check_range("judge.max_chars", self.max_chars, low=100)
+        for name in self.criteria:
+            if not name.isidentifier() or name in ("reason", "verdict", "score", "ranking"):
+                raise ConfigError(
+                    f"judge.criteria={self.criteria}: {name} must be a name of letters, digits and "
+                    "_, other than reason, verdict, score and ranking"
+                )
+        if self.criteria and self.kind == "listwise":
+            raise ConfigError(
+                "judge.criteria: a ranking has none; type judge.kind=pairwise or judge.kind=scalar"
+            )
+        if (self.on_disagreement == "escalate") != (self.escalate is not None):
+            raise ConfigError(
+                "judge.on_disagreement=escalate and judge.escalate go together; type "
+                "judge.on_disagreement=escalate +judge@judge.escalate=openai "
+                "judge.escalate.model=NAME"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Openai(Asking):
+    """An LLM behind an OpenAI-compatible endpoint."""
+
+    model: str
+    base_url: str | None = field(metadata=UNSHAPING)
+    api_key_env: str | None = field(metadata=UNSHAPING)
+    samples: int
+    answer: str
+    logprobs: bool | str
+    temperature: float | None
+    max_tokens: int
+    system_role: bool
+    concurrency: int = field(metadata=UNSHAPING)
+    timeout_s: float = field(metadata=UNSHAPING)
+    max_attempts: int = field(metadata=UNSHAPING)
+    max_malformed: int = field(metadata=UNSHAPING)
+    give_up_after_s: float = field(metadata=UNSHAPING)
+    budget_usd: float | None = field(metadata=UNSHAPING)
+    max_requests: int | None = field(metadata=UNSHAPING)
+    price_in: float | None = field(metadata=UNSHAPING)
+    price_out: float | None = field(metadata=UNSHAPING)
+    prices: str = field(metadata=UNSHAPING)
+    ledger: str = field(metadata=UNSHAPING)
+    batch: bool = field(metadata=UNSHAPING)
+    batch_poll_s: float = field(metadata=UNSHAPING)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from align.judge.endpoint import check_url
+        from align.judge.prices import find_price
+
+        if self.base_url is not None:
+            check_url(self.base_url)
+        if not self.model.strip():
+            raise ConfigError("judge.model: is empty; type judge.model=NAME")
+        check_choice("judge.answer", self.answer, ("auto", *MODES))
+        check_choice("judge.logprobs", str(self.logprobs).lower(), ("auto", "true", "false"))
+        check_range("judge.samples", self.samples, low=1, high=100)
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"judge.samples={self.samples} with judge.temperature=0.0: every sample would be the "
+                "same; type judge.temperature=0.7"
+            )
+        if self.temperature is not None:
+            check_range("judge.temperature", self.temperature, low=0, high=2)
+        check_range("judge.max_tokens", self.max_tokens, low=1)
+        check_range("judge.concurrency", self.concurrency, low=1, high=4096)
+        check_range("judge.timeout_s", self.timeout_s, low=0, above=True)
+        check_range("judge.max_attempts", self.max_attempts, low=1)
+        check_range("judge.max_malformed", self.max_malformed, low=1)
+        check_range("judge.give_up_after_s", self.give_up_after_s, low=0, above=True)
+        check_range("judge.batch_poll_s", self.batch_poll_s, low=0, above=True)
+        for key in ("budget_usd", "max_requests", "price_in", "price_out"):
+            if (value := getattr(self, key)) is not None:
+                check_range(f"judge.{key}", value, low=0)
+        find_price(
+            self.model, price_in=self.price_in, price_out=self.price_out, batch=self.batch,
+            table=Path(self.prices),
+        )  # fmt: skip
+
+    @property
+    def judge(self) -> str:
+        """What it is called in verdicts and in the ledger."""
+        return self.identity or self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jury:
+    """Several judges, weighted."""
+
+    name: str
+    module: str | None
+    members: Mapping[str, Any] = field(metadata=ROOM)
+    weights: Mapping[str, float]
+    agreement: str | None = field(metadata=CONTENT)
+
+    def __post_init__(self) -> None:
+        check_file("judge.agreement", self.agreement)

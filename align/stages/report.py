@@ -23,17 +23,13 @@ from align.stages.plots import AFTER, BEFORE, Change, Line, Rate
 from align.stages.settings import ReportStage
 from align.stages.verdict import bounds, measured, number, overall, percent, verdict
 from align.stats import win_rate
+from align.unseen import UNSEEN
 
 HERE = Path(__file__).parent
 MOST_GAINS, MOST_LOSSES = 4, 12
 SEED = 0
 LONG_TEXT = 900
 USABLE = (OK, TIE, "")
-# Control and format characters that a reader must see rather than be led by; tab and newline stay.
-UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-    "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
-)
 PANELS = (
     ("loss", "Loss", ("loss",), "what is minimised"),
     ("margin", "Reward margin", ("reward_margin",), "implicit reward of chosen minus rejected"),

@@ -1,0 +1,386 @@
+"""Asks an endpoint through the ledger: known answers are free, all others are asked for once.
+
+The one retry layer. A request waits for its pace, is written down, sent, and what comes back is
+written down before anything else happens.
+"""
+
+import asyncio
+import hashlib
+import random
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from align.artifacts import canonical_json
+from align.errors import JudgeError
+from align.judge import answers, endpoint
+from align.judge.answers import MALFORMED, PARSER, Reading, Usage, usage
+from align.judge.endpoint import Endpoint, Reply
+from align.judge.forms import Form
+from align.judge.ledger import ANSWERED, Caps, Judgment, Ledger
+from align.judge.prices import Price, find_price, nano
+from align.judge.prompts import Template, one_message
+from align.judge.schedule import Breaker, Pace, full_jitter
+from align.judge.settings import Openai
+from align.judge.verdicts import Answer, Question
+
+BUSY_S = 0.2  # between two looks at what another process is asking
+HOPELESS = 20  # requests refused for what they hold, without one that was not: the set-up is wrong
+PATIENCE_S = 5.0  # a longer wait is told
+FINAL = (endpoint.ANSWERED, endpoint.OVERFLOWED, endpoint.REJECTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """What an endpoint's model can do, probed once and then kept, so that keys never change.
+
+    Attributes:
+        mode: how answers are asked for, one of `forms.MODES`.
+        limit: the name under which the endpoint takes the longest answer.
+    """
+
+    mode: str
+    logprobs: bool
+    limit: str
+    temperature: bool
+
+    @classmethod
+    def assumed(cls, settings: Openai) -> "Capability":
+        """Of an endpoint that nobody has asked yet."""
+        return cls(
+            mode="json_schema" if settings.answer == "auto" else settings.answer,
+            logprobs=str(settings.logprobs).lower() != "false",
+            limit="max_completion_tokens",
+            temperature=settings.temperature is not None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A question as it is sent; `key` is its name in the ledger."""
+
+    key: bytes
+    body: Mapping[str, Any]
+    form: Form
+    mode: str
+
+    @property
+    def characters(self) -> int:
+        return sum(len(m["content"]) for m in self.body["messages"])
+
+    def worst(self, price: Price, max_tokens: int) -> int:
+        """Nano-dollars if every byte were a token and the answer as long as allowed."""
+        read = sum(len(m["content"].encode()) + 16 for m in self.body["messages"])
+        return price.cost(prompt=read, completion=max_tokens)
+
+
+def request(question: Question, *, settings: Openai, able: Capability, limit: int) -> Request:
+    """The request for a question, with texts of at most `limit` characters."""
+    form = question.form
+    mode = able.mode if able.mode in form.modes() else "json"
+    template = Template(Path(settings.prompt), Path(settings.prompts))
+    messages = template.render(question.material, form=form, mode=mode, limit=limit)
+    if not settings.system_role:
+        messages = one_message(messages)
+    body: dict[str, Any] = {
+        "model": settings.model,
+        "messages": messages,
+        able.limit: settings.max_tokens,
+        **form.body(mode),
+    }
+    if able.temperature and settings.temperature is not None:
+        body["temperature"] = settings.temperature
+    if able.logprobs and form.kind != "listwise":
+        body |= {"logprobs": True, "top_logprobs": min(20, len(form.labels) + 2)}
+    asked = {key: value for key, value in body.items() if key not in ("model", able.limit)}
+    named = {
+        **asked,
+        "judge": settings.judge,
+        "max_tokens": settings.max_tokens,
+        "mode": mode,
+        "sample": question.sample,
+    }
+    told = canonical_json(named).encode("utf-8", "surrogatepass")
+    return Request(key=hashlib.sha256(told).digest(), body=body, form=form, mode=mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One attempt that was sent, and what its reply says."""
+
+    reply: Reply
+    judgment: Judgment | None
+
+
+@dataclass
+class Asker:
+    """One judge at one endpoint, for as long as a command runs."""
+
+    settings: Openai
+    ledger: Ledger
+    endpoint: Endpoint
+    price: Price
+    able: Capability
+    pace: Pace = field(default_factory=Pace)
+    breaker: Breaker = field(default_factory=Breaker)
+    rng: random.Random = field(default_factory=random.Random)
+    stop: JudgeError | None = None
+    sent: int = 0
+    under_way: int = 0
+    rejected: int = 0
+    good: int = 0
+    told: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.slots = asyncio.Semaphore(self.settings.concurrency)
+        self.caps = Caps(
+            nano_usd=nano(self.settings.budget_usd), attempts=self.settings.max_requests
+        )
+
+    async def ask(self, question: Question, *, limit: int) -> Answer:
+        """The answer to a question: from the ledger, else from the endpoint.
+
+        Raises:
+            JudgeError: a cap is reached, the key is refused, or the endpoint is down for good.
+        """
+        wanted = request(question, settings=self.settings, able=self.able, limit=limit)
+        known = await self.known(wanted)
+        return known if known is not None else await self.obtain(wanted)
+
+    async def known(self, wanted: Request) -> Answer | None:
+        """What the ledger says; read anew where the parser has become better since."""
+        judgment = self.ledger.judgment(wanted.key)
+        if judgment is None:
+            return None
+        if judgment.parser != PARSER:
+            judgment = await self.read_again(wanted, judgment)
+        return Answer(
+            reading=Reading.from_json(judgment.answer), tokens=judgment.tokens, cost=judgment.cost
+        )
+
+    async def read_again(self, wanted: Request, judgment: Judgment) -> Judgment:
+        body = answers.completion(self.ledger.raw(judgment.attempt))
+        if body is None:  # an overflow, for instance: there is nothing to read
+            return judgment
+        reading = answers.read(body, wanted.form)
+        anew = replace(judgment, status=reading.status, answer=reading.to_json(), parser=PARSER)
+        await self.ledger.judge(wanted.key, anew)
+        return anew
+
+    async def obtain(self, wanted: Request) -> Answer:
+        """Asks until there is an answer, or a status that tells why there is none."""
+        while True:
+            tried = await self.persist(wanted)
+            if tried is None:  # another process asks, or has just been answered
+                known = await self.known(wanted)
+                if known is not None:
+                    return known
+                continue
+            if tried.reply.kind == endpoint.REJECTED:
+                return self.hopeless(tried.reply)
+            judgment = tried.judgment
+            if judgment is None:
+                return Answer(reading=Reading(status="failed", why=tried.reply.why))
+            if judgment.status == MALFORMED:
+                if self.ledger.answered(wanted.key) < self.settings.max_malformed:
+                    continue
+                await self.ledger.judge(wanted.key, judgment)
+            return Answer(
+                reading=Reading.from_json(judgment.answer),
+                tokens=judgment.tokens,
+                cost=judgment.cost,
+            )
+
+    async def persist(self, wanted: Request) -> "Attempt | None":
+        """Attempts until the endpoint has no failure of its own to blame, or has had its chances;
+        None where another process has the request.
+        """
+        failures, started = 0, time.monotonic()
+        while True:
+            tried = await self.once(wanted)
+            if tried is None or tried.reply.kind in FINAL:
+                return tried
+            if tried.reply.kind != endpoint.LIMITED:
+                failures += 1
+                if failures >= self.settings.max_attempts:
+                    return tried
+                await asyncio.sleep(full_jitter(failures, self.rng))
+            elif time.monotonic() - started > self.settings.give_up_after_s:
+                return tried
+
+    async def once(self, wanted: Request) -> "Attempt | None":
+        """One attempt, from the wait for its turn to its entry in the ledger; None where the request
+        belongs to another process, or has been answered by it.
+        """
+        async with self.slots:
+            await self.turn(wanted)
+            reserve = wanted.worst(self.price, self.settings.max_tokens)
+            while True:
+                self.check()
+                begun = await self.ledger.begin(
+                    wanted.key, identity=self.settings.judge, mode=wanted.mode,
+                    endpoint=self.endpoint.url, reserve=reserve, caps=self.caps,
+                )  # fmt: skip
+                if begun.outcome == "go":
+                    break
+                if begun.outcome in ("busy", "known"):
+                    await asyncio.sleep(BUSY_S if begun.outcome == "busy" else 0)
+                    return None
+                if begun.outcome == "requests" or not begun.under_way:
+                    raise self.halt(self.capped(begun.outcome))
+                await asyncio.sleep(0.05)  # what is under way may turn out cheaper than feared
+            self.sent += 1
+            self.under_way += 1
+            try:
+                reply = await self.endpoint.chat(wanted.body)
+            finally:
+                self.under_way -= 1
+            self.learn(reply)
+            judgment = self.judgment(wanted, reply, attempt=begun.attempt)
+            await self.write(wanted, reply, judgment, attempt=begun.attempt, reserve=reserve)
+            if reply.kind == endpoint.STOP:
+                raise self.halt(JudgeError(reply.why))
+            return Attempt(reply=reply, judgment=judgment)
+
+    async def turn(self, wanted: Request) -> None:
+        """Waits until the breaker and the pace let the request go."""
+        self.check()
+        while (wait := self.breaker.wait(time.monotonic())) > 0:
+            await asyncio.sleep(min(wait, 1.0))
+            self.check()
+        wait = self.pace.wait(wanted.characters // 4 + self.settings.max_tokens, time.monotonic())
+        if wait > PATIENCE_S:
+            self.tell(
+                f"{self.endpoint.url} asks for slower requests; the next goes in {wait:.0f} s"
+            )
+        until = time.monotonic() + wait
+        while (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 1.0))
+            self.check()
+
+    def check(self) -> None:
+        """
+        Raises:
+            JudgeError: the run is being stopped.
+        """
+        if self.stop is not None:
+            raise self.stop
+
+    def halt(self, error: JudgeError) -> JudgeError:
+        """Stops the run; what is under way is still finished and kept."""
+        self.stop = self.stop or error
+        return self.stop
+
+    def tell(self, line: str) -> None:
+        """Says a line about the endpoint, one in ten seconds."""
+        if time.monotonic() - self.told > 10:
+            self.told = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+    def capped(self, outcome: str) -> JudgeError:
+        key = "budget_usd" if outcome == "budget" else "max_requests"
+        value = getattr(self.settings, key)
+        what = (
+            f"the next request could pass the {value:g} dollars that judge {self.settings.judge} may "
+            "cost over the life of the ledger"
+            if outcome == "budget"
+            else f"judge {self.settings.judge} has had its {value} requests"
+        )
+        return JudgeError(
+            f"judge.{key}={value}: {what}; nothing is lost, raise judge.{key} and type the same "
+            f"command (python -m align.judge status ledger={self.settings.ledger} tells what was spent)"
+        )
+
+    def learn(self, reply: Reply) -> None:
+        """Lets pace and breaker learn from a reply."""
+        now = time.monotonic()
+        if reply.headers:
+            self.pace.headers(reply.headers, now)
+        if reply.kind == endpoint.ANSWERED:
+            self.good += 1
+            self.breaker.good()
+            self.pace.good(now)
+        elif reply.kind == endpoint.LIMITED:
+            self.pace.refused(reply.wait, now)
+        elif reply.kind in (endpoint.DOWN, endpoint.UNREACHABLE, endpoint.GARBLED):
+            if self.breaker.bad(now):
+                self.tell(f"{self.endpoint.url} fails ({reply.why}); waiting before the next try")
+            down = self.breaker.down_for(now)
+            if down > self.settings.give_up_after_s:
+                self.halt(
+                    JudgeError(
+                        f"judge.base_url={self.endpoint.url}: no answer for {down:.0f} s "
+                        f"({reply.why}); nothing is lost, type the same command when it works again"
+                    )
+                )
+
+    def judgment(self, wanted: Request, reply: Reply, *, attempt: int) -> Judgment | None:
+        """What a reply says, None where it says nothing."""
+        if reply.kind == endpoint.OVERFLOWED:
+            reading = Reading(status="overflow", why=reply.why)
+        elif reply.kind == endpoint.ANSWERED:
+            reading = answers.read(reply.body, wanted.form)
+        else:
+            return None
+        counted = usage(reply.body) or Usage(prompt=0, completion=0)
+        return Judgment(
+            status=reading.status,
+            answer=reading.to_json(),
+            parser=PARSER,
+            tokens=counted.prompt + counted.completion,
+            cost=self.price.cost(prompt=counted.prompt, completion=counted.completion),
+            attempt=attempt,
+        )
+
+    async def write(
+        self,
+        wanted: Request,
+        reply: Reply,
+        judgment: Judgment | None,
+        *,
+        attempt: int,
+        reserve: int,
+    ) -> None:
+        """The attempt's end. An answer costs what the endpoint counted; what was refused cost
+        nothing; what broke, or was not counted, may have cost the worst.
+        """
+        answered = reply.kind == endpoint.ANSWERED
+        counted = usage(reply.body) if answered else None
+        free = not answered and reply.kind not in (endpoint.GARBLED, endpoint.DOWN)
+        cost = judgment.cost if judgment and counted else 0 if free else None
+        final = judgment is not None and judgment.status != MALFORMED
+        await self.ledger.finish(
+            attempt,
+            identity=self.settings.judge,
+            status=ANSWERED if answered else reply.kind,
+            reserved=reserve,
+            cost=cost,
+            http=reply.http,
+            raw=reply.raw or (reply.why.encode() or None),
+            prompt_tokens=counted.prompt if counted else None,
+            completion_tokens=counted.completion if counted else None,
+            key=wanted.key,
+            judgment=judgment if final else None,
+        )
+
+    def hopeless(self, reply: Reply) -> Answer:
+        """A request that was refused for what it holds; many of them, and the set-up is wrong."""
+        self.rejected += 1
+        if not self.good and self.rejected >= HOPELESS:
+            raise self.halt(
+                JudgeError(
+                    f"judge.base_url={self.endpoint.url}: refused the first {self.rejected} requests "
+                    f"({reply.why}); check judge.model and judge.answer"
+                )
+            )
+        return Answer(reading=Reading(status="failed", why=reply.why))
+
+
+def price_of(settings: Openai) -> Price:
+    return find_price(
+        settings.model, price_in=settings.price_in, price_out=settings.price_out,
+        batch=settings.batch, table=Path(settings.prices),
+    )  # fmt: skip

@@ -1,0 +1,215 @@
+"""One request to an OpenAI-compatible endpoint, and what came of it in words that the scheduler
+knows.
+
+The SDK is used for its wire format alone: no retries (the one retry layer keeps a ledger), no
+redirects (prompts would travel to a host that nobody named), raw bytes (a paid answer is stored
+before anybody tries to understand it).
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from align.errors import ConfigError, JudgeError
+from align.judge.answers import completion
+from align.judge.schedule import retry_after
+
+OPENAI = "https://api.openai.com/v1"
+LOCAL = ("localhost", "127.0.0.1", "::1")
+SHORTEST_KEY = 8  # a shorter word is no secret, and striking it out would garble answers
+# How endpoints say that a request is longer than the model's window.
+OVERFLOW = (
+    "context_length_exceeded", "maximum context length", "context length", "context window",
+    "too many tokens", "prompt is too long", "exceed_context_size", "max_model_len",
+)  # fmt: skip
+
+# Kinds of replies.
+ANSWERED, GARBLED, LIMITED, DOWN, UNREACHABLE, OVERFLOWED, REJECTED, STOP = (
+    "answered", "garbled", "429", "down", "unreachable", "overflow", "rejected", "stop",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What came of one request.
+
+    Attributes:
+        kind: answered (a chat completion, in `body`), garbled (200, yet none), 429, down (5xx, a
+            time-out or a broken connection: perhaps billed), unreachable (never sent), overflow,
+            rejected (another 4xx) or stop (nothing that follows could work).
+        raw: the bytes as they came, keys struck out.
+        wait: seconds for which the endpoint asks to be left alone.
+        why: one line for people.
+    """
+
+    kind: str
+    raw: bytes = b""
+    http: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: Mapping[str, Any] = field(default_factory=dict)
+    wait: float | None = None
+    why: str = ""
+
+
+def check_url(url: str) -> None:
+    """
+    Raises:
+        ConfigError: it is no http(s) address, or holds a password or a query, which would end up in
+            files.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            f"judge.base_url={url}: is no address; type judge.base_url=http://HOST:PORT/v1"
+        )
+    if parts.username or parts.password or parts.query:
+        raise ConfigError(
+            "judge.base_url: holds a user, a password or a query, which would end up in files; put "
+            "the key into an environment variable and name that with judge.api_key_env=NAME"
+        )
+
+
+def find_key(base_url: str | None, api_key_env: str | None) -> str | None:
+    """The key from the environment. OpenAI's own is only sent to OpenAI, unless it is named.
+
+    Raises:
+        JudgeError: the variable is not set.
+    """
+    name = api_key_env or ("OPENAI_API_KEY" if base_url in (None, OPENAI) else None)
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise JudgeError(
+            f"no key in the environment variable {name}; type export {name}=…, or name another "
+            "one with judge.api_key_env=NAME"
+        )
+    if not key.isascii() or not key.isprintable():
+        raise JudgeError(
+            f"the key in {name} holds characters that no header can carry; set it anew"
+        )
+    return key
+
+
+class Endpoint:
+    """A client for one address. Example: `reply = await endpoint.chat(body)`."""
+
+    def __init__(
+        self, base_url: str | None, *, api_key_env: str | None, timeout_s: float, connections: int
+    ) -> None:
+        import httpx2
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        self.url = (base_url or OPENAI).rstrip("/")
+        self.key = find_key(base_url, api_key_env)
+        self.timeout_s = timeout_s
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+        self.client = AsyncOpenAI(
+            api_key=self.key or "none",
+            base_url=self.url,
+            max_retries=0,
+            timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+            http_client=DefaultAsyncHttpxClient(follow_redirects=False, limits=limits),
+        )
+
+    async def close(self) -> None:
+        await self.client.close()
+
+    def warning(self) -> str | None:
+        """A key that would travel in clear."""
+        host = urlsplit(self.url)
+        if self.key and host.scheme == "http" and host.hostname not in LOCAL:
+            return f"judge.base_url={self.url}: the key travels unencrypted; use https"
+        return None
+
+    def clean(self, raw: bytes) -> bytes:
+        """Without the key, should the endpoint echo it."""
+        if self.key is None or len(self.key) < SHORTEST_KEY:
+            return raw
+        spelled = json.dumps(self.key)[1:-1]
+        return raw.replace(self.key.encode(), b"[key]").replace(spelled.encode(), b"[key]")
+
+    def told(self, error: object) -> str:
+        """An error in one line, without the key."""
+        text = " ".join(str(error).split())[:300]
+        return self.clean(text.encode("utf-8", "replace")).decode("utf-8", "replace")
+
+    async def chat(self, body: Mapping[str, Any]) -> Reply:
+        """Sends one chat completion; never raises for what the endpoint does."""
+        import openai
+
+        known = {key: value for key, value in body.items() if key != "structured_outputs"}
+        extra = {key: body[key] for key in ("structured_outputs",) if key in body}
+        try:
+            async with asyncio.timeout(self.timeout_s):  # of the whole, slow streams included
+                response = await self.client.chat.completions.with_raw_response.create(
+                    **known, extra_body=extra or None
+                )
+        except openai.APIStatusError as error:
+            return self.refused(error)
+        except (TimeoutError, openai.APITimeoutError):
+            return Reply(kind=DOWN, why=f"no answer within {self.timeout_s:g} s")
+        except openai.APIConnectionError as error:
+            cause = error.__cause__
+            never_sent = type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+            why = f"{self.url}: {self.told(cause or error)}"
+            return Reply(kind=UNREACHABLE if never_sent else DOWN, why=why)
+        http = response.http_response
+        raw = self.clean(http.content)
+        found = completion(raw)
+        if found is None:
+            why = f"status {http.status_code}, but no chat completion: {raw[:80]!r}"
+            return Reply(
+                kind=GARBLED, raw=raw, http=http.status_code, headers=http.headers, why=why
+            )
+        return Reply(
+            kind=ANSWERED, raw=raw, http=http.status_code, headers=http.headers, body=found
+        )
+
+    def refused(self, error: Any) -> Reply:
+        """A reply with an error status."""
+        response = error.response
+        status, headers = response.status_code, response.headers
+        raw = self.clean(response.content)
+        code, why = str(error.code or ""), self.told(error)
+
+        def reply(kind: str, why: str = why) -> Reply:
+            wait = retry_after(headers) if kind == LIMITED else None
+            return Reply(kind=kind, raw=raw, http=status, headers=headers, wait=wait, why=why)
+
+        if 300 <= status < 400:
+            to = self.told(headers.get("location", "elsewhere"))
+            return reply(
+                STOP,
+                f"judge.base_url={self.url} redirects to {to}; prompts are not sent after it. "
+                "Name the right address with judge.base_url=URL",
+            )
+        if status in (401, 403):
+            return reply(
+                STOP,
+                f"{self.url} refuses the key ({status}: {why}); put the right one into the "
+                "environment and name the variable with judge.api_key_env=NAME",
+            )
+        if status == 404:
+            return reply(
+                STOP, f"{self.url} does not know the model or the path ({why}); check judge.model "
+                "and judge.base_url (it usually ends in /v1)"
+            )  # fmt: skip
+        if "insufficient_quota" in (code, str(error.type)) or status == 402:
+            return reply(STOP, f"{self.url}: the account's quota is used up ({why}); nothing is lost, "
+                         "top it up and type the same command")  # fmt: skip
+        if status == 429:
+            return reply(LIMITED)
+        if status in (408, 409, 425) or status >= 500:
+            return reply(DOWN)
+        if (
+            status == 413
+            or code == "context_length_exceeded"
+            or any(words in why.lower() for words in OVERFLOW)
+        ):
+            return reply(OVERFLOWED)
+        return reply(REJECTED)

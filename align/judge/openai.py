@@ -1,0 +1,230 @@
+"""A judge behind any OpenAI-compatible endpoint: every question through the ledger, verdicts in the
+order asked.
+"""
+
+import asyncio
+import contextlib
+import operator
+import sys
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from align.errors import JudgeError
+from align.interrupt import deferred
+from align.judge.asker import Asker, Capability, price_of
+from align.judge.endpoint import Endpoint
+from align.judge.ledger import Job, Ledger
+from align.judge.ordered import in_order
+from align.judge.prices import usd
+from align.judge.probe import capability
+from align.judge.settings import Openai
+from align.judge.verdicts import Answer, Group, groups, questions, verdicts, without
+from align.named import named_module
+from align.records import OK, TIE, Comparison, Verdict
+
+WINDOW = 20_000  # comparisons that may be settled while an older one is still being asked
+HALVINGS = 4  # of the longest text, before what does not fit is given up
+SIGN_OF_LIFE_S = 1.0
+
+
+async def compare(comparisons: Iterable[Comparison], *, settings: Openai) -> AsyncIterator[Verdict]:
+    """One verdict a comparison, in order.
+
+    Raises:
+        JudgeError: no key, a cap reached, an endpoint that is down or refuses; what was answered is
+            kept.
+    """
+    async with opened(settings) as bench:
+        if settings.batch:
+            from align.judge.batch import answer_in_batches
+
+            await answer_in_batches(comparisons, asker=bench.asker)
+        total = operator.length_hint(comparisons, 0)
+        tally = Tally(bench=bench, total=total)
+        with draining(bench.asker):
+            found = in_order(
+                groups(comparisons, settings=settings),
+                bench.settle,
+                workers=2 * settings.concurrency,
+                window=WINDOW,
+            )
+            async with contextlib.aclosing(found):
+                async for settled in found:
+                    for verdict in settled:
+                        await tally.count(verdict)
+                        yield verdict
+        await tally.write()
+        tell_spending(bench.asker)
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: Openai) -> AsyncIterator["Bench"]:
+    """The judge with its ledger and its endpoint, for as long as it is needed."""
+    price = price_of(settings)
+    endpoint = Endpoint(
+        settings.base_url,
+        api_key_env=settings.api_key_env,
+        timeout_s=settings.timeout_s,
+        connections=settings.concurrency,
+    )
+    if (warning := endpoint.warning()) is not None:
+        print(warning, file=sys.stderr)
+    try:
+        with Ledger.open(Path(settings.ledger)) as ledger:
+            asker = Asker(settings, ledger, endpoint, price, Capability.assumed(settings))
+            asker.able = await capability(asker)
+            async with contextlib.AsyncExitStack() as stack:
+                other = None
+                if settings.escalate is not None:
+                    other = await stack.enter_async_context(another(settings.escalate))
+                yield Bench(asker=asker, escalation=other)
+    finally:
+        await endpoint.close()
+
+
+@contextlib.asynccontextmanager
+async def another(settings: Any) -> AsyncIterator["Bench | Plain"]:
+    """A second judge, opened once where it can be."""
+    module = named_module("align.judge", settings.name, settings.module)
+    if hasattr(module, "opened"):
+        async with module.opened(settings) as bench:
+            yield bench
+    else:
+        yield Plain(module=module, settings=settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """Any judge, asked one comparison at a time."""
+
+    module: Any
+    settings: Any
+
+    async def settle(self, group: Group) -> list[Verdict]:
+        return [v async for v in self.module.compare(group.comparisons, settings=self.settings)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where comparisons are settled: all their questions asked, their answers made a verdict."""
+
+    asker: Asker
+    escalation: "Bench | Plain | None"
+
+    async def settle(self, group: Group) -> list[Verdict]:
+        settings = self.asker.settings
+        longest = max(len(text) for c in group.comparisons for text in (c.first, c.second))
+        if settings.on_overflow == "drop" and longest > settings.max_chars:
+            return [without(c, status="overflow", judge=settings.judge) for c in group.comparisons]
+        found = verdicts(group, await self.answers(group), settings=settings, judge=settings.judge)
+        if self.escalation is None:
+            return found
+        return [
+            await self.escalated(comparison, verdict)
+            for comparison, verdict in zip(group.comparisons, found, strict=True)
+        ]
+
+    async def answers(self, group: Group) -> Sequence[Answer]:
+        """The answers to the group's questions; where the endpoint finds them too long, to shorter
+        ones, all cut alike.
+        """
+        settings = self.asker.settings
+        asked = questions(group, settings=settings, samples=settings.samples)
+        limit = settings.max_chars
+        for _ in range(HALVINGS):
+            # Each is waited for, even when another one failed: what is under way is paid for.
+            found = await asyncio.gather(
+                *(self.asker.ask(question, limit=limit) for question in asked),
+                return_exceptions=True,
+            )
+            answered: list[Answer] = []
+            for answer in found:
+                if isinstance(answer, BaseException):
+                    raise answer
+                answered.append(answer)
+            too_long = any(answer.status == "overflow" for answer in answered)
+            if not too_long or settings.on_overflow == "drop":
+                break
+            shown = max(len(t) for q in asked for t in (*q.material.responses, "")) // 2
+            limit = min(limit // 2, max(shown, 1))
+        return answered
+
+    async def escalated(self, comparison: Comparison, verdict: Verdict) -> Verdict:
+        """The other judge's verdict where this one's orders disagree; both are paid for."""
+        if verdict.status not in (OK, TIE) or verdict.consistent:
+            return verdict
+        assert self.escalation is not None
+        (other,) = await self.escalation.settle(Group(comparisons=(comparison,)))
+        return replace(other, cost=verdict.cost + other.cost, tokens=verdict.tokens + other.tokens)
+
+
+@dataclass
+class Tally:
+    """How far a job is, told to the ledger about once a second."""
+
+    bench: Bench
+    total: int
+    done: int = 0
+    failed: int = 0
+    told: float = 0.0
+
+    async def count(self, verdict: Verdict) -> None:
+        self.done += 1
+        self.failed += verdict.status not in (OK, TIE)
+        if time.monotonic() - self.told > SIGN_OF_LIFE_S:
+            await self.write()
+
+    async def write(self) -> None:
+        self.told = time.monotonic()
+        ledger = self.bench.asker.ledger
+        await ledger.progress(
+            Job(
+                id=ledger.owner.name,
+                title=f"{self.bench.asker.settings.kind}, {Path(self.bench.asker.settings.prompt).stem}",
+                identity=self.bench.asker.settings.judge,
+                total=max(self.total, self.done),
+                done=self.done,
+                failed=self.failed,
+            )
+        )
+
+
+class Interrupted(JudgeError):
+    """Somebody pressed Ctrl-C."""
+
+
+@contextlib.contextmanager
+def draining(asker: Asker) -> Iterator[None]:
+    """Ctrl-C stops asking and waits for what is under way, which is paid for; a second one leaves at
+    once.
+    """
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        line = f"\nwaiting for {asker.under_way} answers under way; Ctrl-C again leaves them"
+        print(line, file=sys.stderr, flush=True)
+        asker.halt(Interrupted("interrupted"))
+
+    def first() -> None:
+        loop.call_soon_threadsafe(stop)
+
+    try:
+        with deferred(first):
+            yield
+    except Interrupted:
+        raise KeyboardInterrupt from None
+
+
+def tell_spending(asker: Asker) -> None:
+    """One line about what this run sent and what the judge has cost so far."""
+    told = asker.ledger.spending(asker.settings.judge)
+    unsure = f", possibly {usd(told.uncertain):.4f} more" if told.uncertain else ""
+    print(
+        f"{asker.settings.judge}: {asker.sent:,} requests sent now; ${usd(told.spent):.4f} spent"
+        f"{unsure} over the life of {asker.ledger.path.name}",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -1,0 +1,72 @@
+"""Bounded workers without barriers, whose results come in the order of what was asked."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+async def in_order(
+    items: Iterable[T], work: Callable[[T], Awaitable[R]], *, workers: int, window: int
+) -> AsyncGenerator[R, None]:
+    """The result of `work` for each item, in order; items are taken one at a time, as workers
+    become free.
+
+    After an error (of `work`, or of the items themselves) nothing new is begun; what is under way
+    is finished, the results before the first gap are given, and then the error is raised.
+
+    Args:
+        window: how many items the workers may be ahead of the oldest that is unfinished, which
+            bounds what is in memory.
+    """
+    iterator = iter(items)
+    results: dict[int, R] = {}
+    taken = given = 0
+    failure: BaseException | None = None
+    ready, room = asyncio.Event(), asyncio.Event()
+
+    async def worker() -> None:
+        nonlocal taken, failure
+        while failure is None:
+            if taken - given >= window:
+                room.clear()
+                await room.wait()
+                continue
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except Exception as error:
+                failure = error
+                return
+            index, taken = taken, taken + 1
+            try:
+                results[index] = await work(item)
+            except Exception as error:
+                failure = failure or error
+            ready.set()
+
+    tasks = [asyncio.create_task(worker()) for _ in range(workers)]
+    for task in tasks:
+        task.add_done_callback(lambda _: ready.set())
+    try:
+        while True:
+            while given in results:
+                result = results.pop(given)
+                given += 1
+                room.set()
+                yield result
+            if failure is not None:
+                room.set()
+            if all(task.done() for task in tasks) and given not in results:
+                break
+            ready.clear()
+            await ready.wait()
+        if failure is not None:
+            raise failure
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,122 @@
+"""Who writes a ledger: processes of one host, each known to be alive by a lock that dies with it."""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sqlite3
+import time
+from pathlib import Path
+from typing import IO, Any, Self
+
+from align.errors import JudgeError
+
+STALE_S = 120.0
+BATCH = "batch-"  # owns what was handed to a provider's Batch API
+NETWORK = frozenset(
+    "nfs nfs3 nfs4 cifs smb smb2 smb3 smbfs lustre gpfs beegfs ceph afs glusterfs pvfs2 orangefs "
+    "fuse.sshfs fuse.glusterfs fuse.ceph fuse.s3fs fuse.rclone wekafs panfs".split()
+)
+
+
+def file_system(path: Path, mounts: str | None = None) -> str:
+    """The type of the file system that holds `path`, by the longest mount point above it."""
+    if mounts is None:
+        table = Path("/proc/self/mountinfo")
+        mounts = table.read_text(encoding="utf-8", errors="replace") if table.exists() else ""
+    best, kind = "", "unknown"
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split()[4].encode().decode("unicode_escape")
+        if path.is_relative_to(point) and len(point) >= len(best):
+            best, kind = point, right.split()[0]
+    return kind
+
+
+def refuse_network_disk(path: Path) -> None:
+    """SQLite's write-ahead log needs memory shared by all who write, which no network disk has.
+
+    Raises:
+        JudgeError: the file would lie on one.
+    """
+    kind = file_system(path.parent.resolve())
+    if kind.lower() in NETWORK:
+        raise JudgeError(
+            f"judge.ledger={path}: lies on a network disk ({kind}), where SQLite loses writes; name "
+            "a file on this machine's own disk, judge.ledger=/var/tmp/judgments.sqlite for instance, "
+            "and copy it away when the work is done"
+        )
+
+
+def claim_host(db: sqlite3.Connection, path: Path, *, inside: bool = False) -> None:
+    """One host writes: its name and a sign of life stand in the file.
+
+    Args:
+        inside: a transaction is open already.
+
+    Raises:
+        JudgeError: another host gave a sign of life within two minutes.
+    """
+    host = socket.gethostname()
+    if not inside:
+        db.execute("BEGIN IMMEDIATE")
+    try:
+        row = db.execute("SELECT value FROM about WHERE name = 'writer'").fetchone()
+        writer: dict[str, Any] = json.loads(row[0]) if row else {"host": host, "seen": 0.0}
+        ago = time.time() - float(writer["seen"])
+        if writer["host"] != host and ago < STALE_S:
+            raise JudgeError(
+                f"judge.ledger={path}: host {writer['host']} writes it (last sign of life {ago:.0f} s "
+                "ago), and only one host can; run there, or name another file with judge.ledger=FILE"
+            )
+        now = json.dumps({"host": host, "seen": time.time()})
+        db.execute("INSERT OR REPLACE INTO about VALUES ('writer', ?)", (now,))
+    finally:
+        if not inside:
+            db.execute("COMMIT")
+
+
+class Owner:
+    """This process's name in the ledger, held by a lock on a file beside it for as long as it
+    lives.
+    """
+
+    def __init__(self, ledger: Path, name: str, file: IO[str]) -> None:
+        self.ledger, self.name, self.file = ledger, name, file
+
+    @classmethod
+    def new(cls, ledger: Path) -> Self:
+        name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        file = lock_file(ledger, name).open("w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return cls(ledger, name, file)
+
+    def lives(self, name: str) -> bool:
+        """Whether the process of that name still runs, this one included. A provider's batch outlives
+        all of them.
+        """
+        if name == self.name or name.startswith(BATCH):
+            return True
+        path = lock_file(self.ledger, name)
+        try:
+            with path.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+        except BlockingIOError:
+            return True
+        except OSError:  # its file is gone with it
+            return False
+        return False
+
+    def release(self) -> None:
+        with contextlib.suppress(OSError):
+            lock_file(self.ledger, self.name).unlink(missing_ok=True)
+        self.file.close()
+
+
+def lock_file(ledger: Path, name: str) -> Path:
+    """A name from a ledger is somebody else's text: only its harmless characters count."""
+    safe = "".join(c for c in name if c.isalnum() or c == "-")[:64]
+    return ledger.with_name(f"{ledger.name}-owner-{safe}")

@@ -1,0 +1,114 @@
+"""Finds out once how an endpoint's model can be asked, by asking it.
+
+Compatible servers differ: some hold answers to a JSON schema, some to a list of choices, some to
+nothing; some give log-probabilities; they call the longest answer by two names. The best way is
+tried first, so that an endpoint that can do everything is asked once.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+from align.errors import JudgeError
+from align.judge import endpoint
+from align.judge.answers import OK, Reading
+from align.judge.asker import Asker, Attempt, Capability, request
+from align.judge.prompts import Material
+from align.judge.settings import Openai
+from align.judge.verdicts import Group, Question, questions
+from align.records import Comparison, Message, Prompt
+
+LIMITS = ("max_completion_tokens", "max_tokens")
+EXAMPLE = Comparison(
+    prompt=Prompt(id="probe", messages=(Message(role="user", content="What is two plus two?"),)),
+    first="Two plus two is four.",
+    second="Two plus two is five.",
+)
+
+
+async def capability(asker: Asker) -> Capability:
+    """What the ledger knows of this judge, else what a few small requests show.
+
+    Raises:
+        JudgeError: the endpoint refuses even the plainest request, or does not answer.
+    """
+    identity = asker.settings.judge
+    if (known := asker.ledger.capability(identity)) is None:
+        found = await probe(asker)
+        await asker.ledger.remember(identity, asdict(found))
+        known = asker.ledger.capability(identity) or asdict(found)  # another process may be first
+    able = Capability(**known)
+    settings = asker.settings
+    return replace(
+        able,
+        mode=able.mode if settings.answer == "auto" else settings.answer,
+        logprobs=able.logprobs and str(settings.logprobs).lower() != "false",
+    )
+
+
+async def probe(asker: Asker) -> Capability:
+    best = Capability.assumed(asker.settings)
+    question = questions(Group(comparisons=(EXAMPLE,)), settings=asker.settings)[0]
+    modes = question.form.modes() if asker.settings.answer == "auto" else (best.mode,)
+    if works(await tried(asker, question, replace(best, mode=modes[0])), logprobs=best.logprobs):
+        return replace(best, mode=modes[0])
+    plain = await plainest(asker, question)
+    able = plain
+    for mode in modes:
+        if works(await tried(asker, question, replace(plain, mode=mode)), logprobs=False):
+            able = replace(plain, mode=mode)
+            break
+    if best.logprobs:
+        more = replace(able, logprobs=True)
+        if works(await tried(asker, question, more), logprobs=True):
+            able = more
+    return able
+
+
+async def plainest(asker: Asker, question: Question) -> Capability:
+    """The names and the parameters that the endpoint takes at all."""
+    refusal = ""
+    for able in plain_ways(asker.settings):
+        attempt = await tried(asker, question, able)
+        if attempt.reply.kind != endpoint.REJECTED:
+            return able
+        refusal = attempt.reply.why
+    raise JudgeError(
+        f"judge.base_url={asker.endpoint.url}: refuses even the plainest question ({refusal}); if the "
+        "model takes no system message, type judge.system_role=false"
+    )
+
+
+def plain_ways(settings: Openai) -> Iterator[Capability]:
+    temperatures = (True, False) if settings.temperature is not None else (False,)
+    for temperature, limit in itertools.product(temperatures, LIMITS):
+        yield Capability(mode="line", logprobs=False, limit=limit, temperature=temperature)
+
+
+async def tried(asker: Asker, question: Question, able: Capability) -> Attempt:
+    """The example, asked in one way.
+
+    Raises:
+        JudgeError: no answer came, however often it was asked.
+    """
+    settings = asker.settings
+    attempt = None
+    wanted = request(question, settings=settings, able=able, limit=settings.max_chars)
+    # A name of its own: what a probe says is no judgment, and it may be asked again.
+    wanted = replace(wanted, key=b"probe " + wanted.key[:26])
+    while attempt is None:
+        attempt = await asker.persist(wanted)
+    if attempt.reply.kind in (endpoint.ANSWERED, endpoint.REJECTED):
+        return attempt
+    raise JudgeError(
+        f"judge.base_url={asker.endpoint.url}: does not answer ({attempt.reply.why}); check the "
+        "address, and that the server runs"
+    )
+
+
+def works(attempt: Attempt, *, logprobs: bool) -> bool:
+    """The answer was readable, and came with probabilities where they were wanted."""
+    if attempt.reply.kind != endpoint.ANSWERED or attempt.judgment is None:
+        return False
+    reading = Reading.from_json(attempt.judgment.answer)
+    return reading.status == OK and (not logprobs or bool(reading.probabilities))

@@ -1,0 +1,293 @@
+"""From comparisons to the questions that a judge is asked, and from its answers to verdicts.
+
+Pure: nothing here knows how an answer is come by, so that an LLM behind an endpoint and a model in
+this process are asked and read alike.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from align.errors import JudgeError
+from align.judge import forms
+from align.judge.answers import OK as READ
+from align.judge.answers import Reading, score
+from align.judge.forms import FIRST_WINS, MARGINS, Form
+from align.judge.orders import over_both_orders
+from align.judge.prompts import Material
+from align.judge.settings import Asking
+from align.records import OK, TIE, Comparison, Verdict
+
+# What one look that failed makes of the whole, the gravest first.
+GRAVEST = ("failed", "overflow", "refusal", "malformed")
+MOST_RANKED = 26
+LEVELS = ((1.5, ">>"), (0.5, ">"), (-0.5, "="), (-1.5, "<"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked once. `sample` tells repetitions of the same question apart."""
+
+    material: Material
+    form: Form
+    sample: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came of a question: a reading, or a status that tells why there is none.
+
+    Attributes:
+        cost: in nano-dollars, of the answer that counts.
+    """
+
+    reading: Reading
+    tokens: int = 0
+    cost: int = 0
+
+    @property
+    def status(self) -> str:
+        return self.reading.status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Comparisons that are settled by the same answers: one pair, or all pairs of a prompt."""
+
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def texts(self) -> dict[int, str]:
+        """The compared responses by index, in the order in which they first come."""
+        found: dict[int, str] = {}
+        for c in self.comparisons:
+            found.setdefault(c.first_index, c.first)
+            found.setdefault(c.second_index, c.second)
+        return found
+
+
+def groups(comparisons: Iterable[Comparison], *, settings: Asking) -> Iterator[Group]:
+    """Pairs one by one; for rankings all neighbours that share a prompt."""
+    if settings.kind != forms.LISTWISE:
+        for comparison in comparisons:
+            yield Group(comparisons=(comparison,))
+        return
+    gathered: list[Comparison] = []
+    for comparison in comparisons:
+        if (
+            gathered
+            and comparison.prompt is not gathered[0].prompt
+            and (comparison.prompt != gathered[0].prompt)
+        ):
+            yield Group(comparisons=tuple(gathered))
+            gathered = []
+        gathered.append(comparison)
+    if gathered:
+        yield Group(comparisons=tuple(gathered))
+
+
+def questions(group: Group, *, settings: Asking, samples: int = 1) -> list[Question]:
+    """What has to be asked: each kind's looks in order, repeated for each sample.
+
+    Raises:
+        JudgeError: more responses than letters.
+    """
+    texts = group.texts
+    shown: list[list[str]]
+    if settings.kind == forms.SCALAR:
+        form = forms.scalar(
+            lowest=settings.lowest, highest=settings.highest,
+            criteria=tuple(settings.criteria), reason=settings.reason,
+        )  # fmt: skip
+        shown = [[text] for text in texts.values()]
+    else:
+        order = list(texts.values())
+        shown = [order, order[::-1]]
+        if settings.kind == forms.PAIRWISE:
+            form = forms.pairwise(
+                scale=settings.scale, criteria=tuple(settings.criteria), reason=settings.reason
+            )
+        elif len(texts) > MOST_RANKED:
+            raise JudgeError(
+                f"judge.kind=listwise: prompt {group.comparisons[0].prompt.id} has {len(texts)} "
+                f"responses and a ranking takes {MOST_RANKED}; type sampler.n={MOST_RANKED} or "
+                "judge.kind=pairwise"
+            )
+        else:
+            form = forms.listwise(len(texts), reason=settings.reason)
+    prompt = group.comparisons[0].prompt
+    reference = prompt.meta.get(settings.reference)
+    return [
+        Question(
+            material=Material(
+                messages=prompt.messages,
+                responses=texts,
+                reference=reference if isinstance(reference, str) else None,
+            ),
+            form=form,
+            sample=sample,
+        )
+        for sample in range(samples)
+        for texts in shown
+    ]
+
+
+def verdicts(
+    group: Group, answers: Sequence[Answer], *, settings: Asking, judge: str
+) -> list[Verdict]:
+    """One verdict a comparison, from the answers to `questions(group)` in their order."""
+    looks = len(group.texts) if settings.kind == forms.SCALAR else 2
+    rounds = [answers[i : i + looks] for i in range(0, len(answers), looks)]
+    shared = len(group.comparisons)
+    tokens, cost = sum(a.tokens for a in answers), sum(a.cost for a in answers) / 1e9
+    found = []
+    for number, comparison in enumerate(group.comparisons):
+        verdict = single(group, comparison, rounds, settings=settings, judge=judge)
+        # A ranking is paid for once: its first verdict carries the price.
+        first = number == 0 or shared == 1
+        found.append(replace(verdict, tokens=tokens if first else 0, cost=cost if first else 0.0))
+    return found
+
+
+def single(
+    group: Group,
+    comparison: Comparison,
+    rounds: Sequence[Sequence[Answer]],
+    *,
+    settings: Asking,
+    judge: str,
+) -> Verdict:
+    bad = {answer.status for answers in rounds for answer in answers if answer.status != READ}
+    if bad:
+        status = next((status for status in GRAVEST if status in bad), "failed")
+        return without(comparison, status=status, judge=judge)
+    if settings.kind == forms.SCALAR:
+        return from_scores(comparison, rounds, list(group.texts), judge=judge)
+    if settings.kind == forms.LISTWISE:
+        verdict = from_rankings(comparison, rounds, list(group.texts), judge=judge)
+    else:
+        verdict = from_looks(comparison, rounds, settings=settings, judge=judge)
+    return settled(verdict, on_disagreement=settings.on_disagreement)
+
+
+def without(comparison: Comparison, *, status: str, judge: str) -> Verdict:
+    """A verdict that prefers nothing, and says why."""
+    return Verdict(
+        id=comparison.prompt.id, first=comparison.first_index, second=comparison.second_index,
+        status=status, p_first=None, consistent=False, judge=judge,
+    )  # fmt: skip
+
+
+def settled(verdict: Verdict, *, on_disagreement: str) -> Verdict:
+    """What becomes of a verdict whose two orders disagree; "escalate" is the asker's business."""
+    if verdict.consistent or on_disagreement in ("soft", "escalate"):
+        return verdict
+    if on_disagreement == "drop":
+        return replace(verdict, status="disagreement", p_first=None, margin=None)
+    return replace(verdict, status=TIE, p_first=0.5, margin=None)
+
+
+def preferred(reading: Reading) -> float:
+    """Probability that the response shown first is the better one."""
+    return expected(reading.probabilities or {str(reading.label): 1.0}, FIRST_WINS)
+
+
+def expected(probabilities: Mapping[str, float], values: Mapping[str, float]) -> float:
+    return sum(values[label] * p for label, p in probabilities.items())
+
+
+def from_looks(
+    comparison: Comparison, rounds: Sequence[Sequence[Answer]], *, settings: Asking, judge: str
+) -> Verdict:
+    """A pair, looked at in both orders."""
+    given, swapped = ([answers[i].reading for answers in rounds] for i in (0, 1))
+    p, p_swapped = fmean(map(preferred, given)), fmean(map(preferred, swapped))
+    marks = {
+        name: (
+            fmean(FIRST_WINS[r.criteria[name]] for r in given)
+            + fmean(1 - FIRST_WINS[r.criteria[name]] for r in swapped)
+        ) / 2
+        for name in settings.criteria
+    }  # fmt: skip
+    scores = (marks, {name: 1 - mark for name, mark in marks.items()}) if marks else ()
+    verdict = over_both_orders(
+        comparison, p_first=p, p_first_swapped=p_swapped, judge=judge, scores=scores
+    )
+    if settings.scale != "five":
+        return verdict
+    margin = (margins(given) - margins(swapped)) / 2
+    bad = all(r.label == forms.BOTH_BAD for r in (*given, *swapped))
+    level = "both bad" if bad else next((word for low, word in LEVELS if margin >= low), "<<")
+    return replace(verdict, margin=abs(margin), level=level)
+
+
+def margins(readings: Sequence[Reading]) -> float:
+    """By how many levels the response shown first is better."""
+    return fmean(expected(r.probabilities or {str(r.label): 1.0}, MARGINS) for r in readings)
+
+
+def from_rankings(
+    comparison: Comparison,
+    rounds: Sequence[Sequence[Answer]],
+    indices: Sequence[int],
+    *,
+    judge: str,
+) -> Verdict:
+    """A pair out of rankings of all: once in the given order, once from the back."""
+    first, second = (indices.index(i) for i in (comparison.first_index, comparison.second_index))
+
+    def wins(look: int) -> float:
+        """Share of the samples in which `first` stands before `second`."""
+        last = len(indices) - 1
+        a, b = (place if look == 0 else last - place for place in (first, second))
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+        orders = [answers[look].reading.ranking for answers in rounds]
+        return fmean(float(o.index(letters[a]) < o.index(letters[b])) for o in orders)
+
+    # In one of the listings the comparison's first stands first.
+    ahead, behind = (0, 1) if first < second else (1, 0)
+    return over_both_orders(
+        comparison, p_first=wins(ahead), p_first_swapped=1 - wins(behind), judge=judge
+    )
+
+
+def from_scores(
+    comparison: Comparison,
+    rounds: Sequence[Sequence[Answer]],
+    indices: Sequence[int],
+    *,
+    judge: str,
+) -> Verdict:
+    """A pair of marks that were given apart, so there is no order to disagree about.
+
+    With probabilities of each mark, p = P(mark of first > mark of second) + P(equal) / 2, taken as
+    independent; without, the higher mark wins.
+    """
+    places = [indices.index(i) for i in (comparison.first_index, comparison.second_index)]
+    readings = [[answers[place].reading for answers in rounds] for place in places]
+    marks = [fmean(map(score, side)) for side in readings]
+    p = fmean(beats(a, b) for a, b in zip(*readings, strict=True))
+    sides = []
+    for side, mark in zip(readings, marks, strict=True):
+        named = {name: fmean(float(r.criteria[name]) for r in side) for name in side[0].criteria}
+        sides.append({**named, "score": mark})
+    return Verdict(
+        id=comparison.prompt.id,
+        first=comparison.first_index,
+        second=comparison.second_index,
+        status=TIE if p == 0.5 else OK,
+        p_first=p,
+        consistent=True,
+        judge=judge,
+        margin=abs(marks[0] - marks[1]),
+        scores=tuple(sides),
+    )
+
+
+def beats(a: Reading, b: Reading) -> float:
+    first, second = (r.probabilities or {str(r.label): 1.0} for r in (a, b))
+    return sum(
+        p * q * (0.5 + 0.5 * ((int(x) > int(y)) - (int(x) < int(y))))
+        for x, p in first.items()
+        for y, q in second.items()
+    )
