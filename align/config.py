@@ -118,6 +118,15 @@ def plain(composed: DictConfig) -> dict[str, Any]:
     """Resolved and free of OmegaConf."""
     if composed.get("recipe_name") is None:
         raise ConfigError(f"no recipe given; type recipe=NAME ({', '.join(options('recipe'))})")
+    return resolved(composed)
+
+
+def resolved(composed: DictConfig) -> dict[str, Any]:
+    """Plain values, Hydra's own node left out.
+
+    Raises:
+        ConfigError: a value that is missing, or that refers to one that is.
+    """
     try:
         tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:

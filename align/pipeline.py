@@ -5,7 +5,7 @@ folder up to date.
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from align.artifacts import Artifact, HashCache, Run, fingerprint, lock, read_json, write_json
-from align.config import Config
+from align.config import Config, Launch
 from align.errors import StageError
 from align.launch import perform
 from align.models.identity import pinned
@@ -45,20 +45,56 @@ def run_pipeline(config: Config, *, tree: Mapping[str, Any], overrides: list[str
     frozen = {**tree, "model": {**tree["model"], "revision": config.model.revision}}
     text = yaml.safe_dump(frozen, sort_keys=False, allow_unicode=True)
     steps = plan(config, yaml=text, command=command)
-    workspace = Path(config.workspace).absolute()
-    hashes = HashCache(workspace / "artifacts" / "hashes.json")
+    done = bring_about(
+        steps,
+        workspace=config.workspace,
+        name=config.name,
+        text=text,
+        command=command,
+        how=Work(verify=config.verify, launch=config.launch),
+    )
+    metrics = gather_metrics(done.made, done.run)
+    done.run.event("finished")
+    closing(done)
+    return Outcome(overrides=overrides, folder=done.run.path, metrics=metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How steps are brought about; cannot change what comes out."""
+
+    verify: bool
+    launch: Launch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A run that went through: its folder, its artifacts by step, and whether anything was new."""
+
+    run: Run
+    made: Mapping[str, Artifact]
+    anything: bool
+
+
+def bring_about(
+    steps: Sequence[Step], *, workspace: str, name: str, text: str, command: str, how: Work
+) -> Done:
+    """Makes every step's artifact that does not stand already, in the folder of a run.
+
+    Args:
+        text: the configuration, to be frozen in the run's folder.
+    """
+    root = Path(workspace).absolute()
+    hashes = HashCache(root / "artifacts" / "hashes.json")
     shapes = {step.name: identity(step, hashes) for step in steps}
     whole = {step.name: [shapes[step.name], dict(step.inputs)] for step in steps}
-    run = Run(workspace=workspace, name=config.name, fingerprint=fingerprint(whole))
+    run = Run(workspace=root, name=name, fingerprint=fingerprint(whole))
     run.open(text)
     hashes.save()
     run.event("started", command=command)
     made: dict[str, Artifact] = {}
-    worked = [make(step, shapes[step.name], made, run, config) for step in steps]
-    metrics = gather_metrics(made, run)
-    run.event("finished")
-    closing(run, made, anything=any(worked))
-    return Outcome(overrides=overrides, folder=run.path, metrics=metrics)
+    worked = [make(step, shapes[step.name], made, run, how) for step in steps]
+    return Done(run=run, made=made, anything=any(worked))
 
 
 def identity(step: Step, hashes: HashCache) -> dict[str, Any]:
@@ -71,7 +107,7 @@ def identity(step: Step, hashes: HashCache) -> dict[str, Any]:
 
 
 def make(
-    step: Step, shaped: dict[str, Any], made: dict[str, Artifact], run: Run, config: Config
+    step: Step, shaped: dict[str, Any], made: dict[str, Artifact], run: Run, how: Work
 ) -> bool:
     """Brings one step's artifact about; False when it stood there already."""
     contents = {name: made[source].content() for name, source in step.inputs.items()}
@@ -80,9 +116,9 @@ def make(
     artifact.path.parent.mkdir(parents=True, exist_ok=True)
     waiting = f"{step.name}: another run is making it; waiting for it to finish"
     with lock(artifact.path.with_suffix(".lock"), waiting=waiting):
-        worked = not artifact.finished(verify=config.verify)
+        worked = not artifact.finished(verify=how.verify)
         if worked:
-            work(step, artifact, body, made, run, config)
+            work(step, artifact, body, made, run, how)
         else:
             print(f"{step.name:<13} up to date", flush=True)
             run.event("reused", step=step.name, artifact=str(artifact.path))
@@ -98,7 +134,7 @@ def work(
     body: dict[str, Any],
     made: dict[str, Artifact],
     run: Run,
-    config: Config,
+    how: Work,
 ) -> None:
     """Calls the stage and closes its artifact with the manifest."""
     resumed = artifact.path.is_dir()
@@ -108,7 +144,7 @@ def work(
     started = time.monotonic()
     inputs = {name: made[source].path for name, source in step.inputs.items()}
     try:
-        perform(step, inputs=inputs, out=artifact.path, run=run, launch=config.launch)
+        perform(step, inputs=inputs, out=artifact.path, run=run, launch=how.launch)
         artifact.finish(body=body, duration_s=time.monotonic() - started, resumed=resumed)
     except Exception as error:
         run.event(
@@ -127,7 +163,7 @@ def work(
     run.event("made", step=step.name, artifact=str(artifact.path), seconds=round(seconds, 3))
 
 
-def gather_metrics(made: dict[str, Artifact], run: Run) -> dict[str, Any]:
+def gather_metrics(made: Mapping[str, Artifact], run: Run) -> dict[str, Any]:
     """The flat metrics of all steps, written to the run's metrics.json."""
     metrics: dict[str, Any] = {}
     for artifact in made.values():
@@ -138,9 +174,10 @@ def gather_metrics(made: dict[str, Artifact], run: Run) -> dict[str, Any]:
     return metrics
 
 
-def closing(run: Run, made: dict[str, Artifact], *, anything: bool) -> None:
+def closing(done: Done) -> None:
+    run, made = done.run, done.made
     latest, workspace = shortest(run.path.with_name("latest")), shortest(run.workspace)
-    if not anything:
+    if not done.anything:
         print(f"everything is up to date: {latest}")
     if "report" in made:
         print((made["report"].path / "verdict.txt").read_text(encoding="utf-8").strip())

@@ -12,6 +12,7 @@ from align.algorithms.needs import Needs
 from align.artifacts import HashCache
 from align.config import Config
 from align.errors import ConfigError
+from align.judge.settings import called
 from align.models.settings import Model
 from align.named import named_module
 from align.records import Preference, Prompt
@@ -161,7 +162,7 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
     )
     # An evaluation judge that is the labeller's own must be told from an independent one, so its
     # name goes along.
-    label_judge = getattr(config.judge, "name", "") if "label" in config.stages else ""
+    label_judge = (called(config.judge) or "") if "label" in config.stages else ""
     made = ["prompts", "candidates"] if "generate" in config.stages else []
     everything = [
         *made,
@@ -244,15 +245,24 @@ def shape(value: Any, hashes: HashCache) -> Any:
         for f in fields(value):
             part, mark = getattr(value, f.name), f.metadata.get("fingerprint")
             if mark == "content" and part is not None:
-                shaping[f.name] = hashes.content(Path(part))
+                shaping[f.name] = contents(part, hashes)
             elif f.name == "module" and part is not None:
                 shaping[f.name] = source(part, hashes)
             elif mark != "ignore":
                 shaping[f.name] = shape(part, hashes)
         return shaping
+    if isinstance(value, Mapping):
+        return {key: shape(part, hashes) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [shape(part, hashes) for part in value]
     return value
+
+
+def contents(paths: str | Mapping[str, str], hashes: HashCache) -> Any:
+    """Hash of what a path holds, or of each of several paths by name."""
+    if isinstance(paths, Mapping):
+        return {name: hashes.content(Path(path)) for name, path in paths.items()}
+    return hashes.content(Path(paths))
 
 
 def source(module: str, hashes: HashCache) -> str:

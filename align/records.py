@@ -152,6 +152,10 @@ class Candidate(Record):
         responses = []
         for row in rows:
             row = {"text": row} if isinstance(row, str) else row
+            if not isinstance(row, Mapping):
+                raise DataError(
+                    '"responses" holds something that is neither a string nor an object'
+                )
             responses.append(
                 Response(
                     text=_text(row, "text"),

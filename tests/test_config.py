@@ -25,6 +25,8 @@ NEEDS_MORE = {
     "data=prompts": [f"data.path={__file__}"],
     "data=preferences": [f"data.path={__file__}"],
     "data=qa_feedback": [f"data.path={__file__}"],
+    "judge=local": ["judge.model.name=owner/name"],
+    "judge=jury": ["+judge@judge.members.a=rubric", "+judge@judge.members.b=scripted"],
 }
 
 

@@ -57,15 +57,22 @@ class Capability:
             temperature=settings.temperature is not None,
         )
 
+    def answering(self, mode: str) -> "Capability":
+        """The same, asked in a way that the user chose."""
+        return replace(self, mode=mode)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A question as it is sent; `key` is its name in the ledger."""
+    """A question as it is sent; `key` is its name in the ledger. What a `probe` says is no
+    judgment, so that it can be asked again.
+    """
 
     key: bytes
     body: Mapping[str, Any]
     form: Form
     mode: str
+    probe: bool = False
 
     @property
     def characters(self) -> int:
@@ -152,7 +159,7 @@ class Asker:
 
     async def known(self, wanted: Request) -> Answer | None:
         """What the ledger says; read anew where the parser has become better since."""
-        judgment = self.ledger.judgment(wanted.key)
+        judgment = self.ledger.judgment(wanted.key) or await self.read_stored(wanted)
         if judgment is None:
             return None
         if judgment.parser != PARSER:
@@ -160,6 +167,21 @@ class Asker:
         return Answer(
             reading=Reading.from_json(judgment.answer), tokens=judgment.tokens, cost=judgment.cost
         )
+
+    async def read_stored(self, wanted: Request) -> Judgment | None:
+        """The judgment of an answer that a batch brought and that nobody has read yet."""
+        for stored in self.ledger.from_batches(wanted.key):
+            body = answers.completion(stored.raw)
+            reading = None if body is None else answers.read(body, wanted.form)
+            if reading is None or reading.status == MALFORMED:
+                continue
+            judgment = Judgment(
+                status=reading.status, answer=reading.to_json(), parser=PARSER,
+                tokens=stored.tokens, cost=stored.cost or 0, attempt=stored.attempt,
+            )  # fmt: skip
+            await self.ledger.judge(wanted.key, judgment)
+            return judgment
+        return None
 
     async def read_again(self, wanted: Request, judgment: Judgment) -> Judgment:
         body = answers.completion(self.ledger.raw(judgment.attempt))
@@ -229,6 +251,8 @@ class Asker:
                 if begun.outcome in ("busy", "known"):
                     await asyncio.sleep(BUSY_S if begun.outcome == "busy" else 0)
                     return None
+                if begun.outcome == "batched":
+                    raise self.halt(self.batched())
                 if begun.outcome == "requests" or not begun.under_way:
                     raise self.halt(self.capped(begun.outcome))
                 await asyncio.sleep(0.05)  # what is under way may turn out cheaper than feared
@@ -294,6 +318,12 @@ class Asker:
             f"command (python -m align.judge status ledger={self.settings.ledger} tells what was spent)"
         )
 
+    def batched(self) -> JudgeError:
+        return JudgeError(
+            f"judge {self.settings.judge}: some of its questions are in a batch at the provider "
+            "and paid for; type judge.batch=true to take their answers in"
+        )
+
     def learn(self, reply: Reply) -> None:
         """Lets pace and breaker learn from a reply."""
         now = time.monotonic()
@@ -320,11 +350,10 @@ class Asker:
     def judgment(self, wanted: Request, reply: Reply, *, attempt: int) -> Judgment | None:
         """What a reply says, None where it says nothing."""
         if reply.kind == endpoint.OVERFLOWED:
-            reading = Reading(status="overflow", why=reply.why)
-        elif reply.kind == endpoint.ANSWERED:
-            reading = answers.read(reply.body, wanted.form)
-        else:
+            return self.overflow(reply, attempt=attempt)
+        if reply.kind != endpoint.ANSWERED:
             return None
+        reading = answers.read(reply.body, wanted.form)
         counted = usage(reply.body) or Usage(prompt=0, completion=0)
         return Judgment(
             status=reading.status,
@@ -335,6 +364,14 @@ class Asker:
             attempt=attempt,
         )
 
+    def overflow(self, reply: Reply, *, attempt: int) -> Judgment:
+        """Of a request that is longer than the model's window."""
+        reading = Reading(status="overflow", why=reply.why)
+        return Judgment(
+            status=reading.status, answer=reading.to_json(), parser=PARSER, tokens=0, cost=0,
+            attempt=attempt,
+        )  # fmt: skip
+
     async def write(
         self,
         wanted: Request,
@@ -344,27 +381,35 @@ class Asker:
         attempt: int,
         reserve: int,
     ) -> None:
-        """The attempt's end. An answer costs what the endpoint counted; what was refused cost
-        nothing; what broke, or was not counted, may have cost the worst.
+        """The attempt's end."""
+        final = judgment is not None and judgment.status != MALFORMED and not wanted.probe
+        await self.ledger.finish(
+            attempt,
+            **self.ending(reply, reserve=reserve),
+            key=wanted.key,
+            judgment=judgment if final else None,
+        )
+
+    def ending(self, reply: Reply, *, reserve: int) -> dict[str, Any]:
+        """What `ledger.finish` is told about a reply. An answer costs what the endpoint counted;
+        what was refused cost nothing; what broke, or was not counted, may have cost the worst.
         """
         answered = reply.kind == endpoint.ANSWERED
         counted = usage(reply.body) if answered else None
         free = not answered and reply.kind not in (endpoint.GARBLED, endpoint.DOWN)
-        cost = judgment.cost if judgment and counted else 0 if free else None
-        final = judgment is not None and judgment.status != MALFORMED
-        await self.ledger.finish(
-            attempt,
-            identity=self.settings.judge,
-            status=ANSWERED if answered else reply.kind,
-            reserved=reserve,
-            cost=cost,
-            http=reply.http,
-            raw=reply.raw or (reply.why.encode() or None),
-            prompt_tokens=counted.prompt if counted else None,
-            completion_tokens=counted.completion if counted else None,
-            key=wanted.key,
-            judgment=judgment if final else None,
-        )
+        cost = 0 if free else None
+        if counted:
+            cost = self.price.cost(prompt=counted.prompt, completion=counted.completion)
+        return {
+            "identity": self.settings.judge,
+            "status": ANSWERED if answered else reply.kind,
+            "reserved": reserve,
+            "cost": cost,
+            "http": reply.http,
+            "raw": reply.raw or (reply.why.encode() or None),
+            "prompt_tokens": counted.prompt if counted else None,
+            "completion_tokens": counted.completion if counted else None,
+        }
 
     def hopeless(self, reply: Reply) -> Answer:
         """A request that was refused for what it holds; many of them, and the set-up is wrong."""
@@ -379,8 +424,9 @@ class Asker:
         return Answer(reading=Reading(status="failed", why=reply.why))
 
 
-def price_of(settings: Openai) -> Price:
+def price_of(settings: Openai, *, live: bool = False) -> Price:
+    """What the settings' requests cost; `live` where they do not go through a batch."""
     return find_price(
         settings.model, price_in=settings.price_in, price_out=settings.price_out,
-        batch=settings.batch, table=Path(settings.prices),
+        batch=settings.batch and not live, table=Path(settings.prices),
     )  # fmt: skip

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from align.errors import JudgeError
-from align.judge.owners import Owner, claim_host, refuse_network_disk
+from align.judge.owners import BATCH, Owner, claim_host, refuse_network_disk
 
 APPLICATION = 0x616C676E  # "algn": marks the file as ours
 SCHEMA = 1
@@ -114,7 +114,8 @@ class Begun:
 
     Attributes:
         outcome: "go", "known" (another process has its judgment), "busy" (another process is
-            asking), or "budget" / "requests" (a cap would be passed).
+            asking), "batched" (a provider's batch holds it), or "budget" / "requests" (a cap would
+            be passed).
         attempt: its id when `go`.
         n: how many attempts the request has had before.
         left: nano-dollars under way of this judge, when the budget says no.
@@ -124,6 +125,16 @@ class Begun:
     attempt: int = 0
     n: int = 0
     under_way: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A batch's answer as it stands in the ledger; cost in nano-dollars, None where not known."""
+
+    attempt: int
+    raw: bytes
+    tokens: int
+    cost: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +229,20 @@ class Ledger:
         """The stored bytes of an attempt's answer."""
         row = self.reader.execute("SELECT raw FROM attempt WHERE id = ?", (attempt,)).fetchone()
         return bytes(row[0]) if row and row[0] is not None else b""
+
+    def from_batches(self, key: bytes) -> list[Stored]:
+        """The answers that came in batches, where a request's form is not known and they stay
+        unread until somebody asks.
+        """
+        rows = self.reader.execute(
+            "SELECT id, raw, coalesce(prompt_tokens, 0) + coalesce(completion_tokens, 0), cost "
+            "FROM attempt WHERE key = ? AND status = ? AND substr(owner, 1, ?) = ? ORDER BY n",
+            (key, ANSWERED, len(BATCH), BATCH),
+        ).fetchall()
+        return [
+            Stored(attempt=row[0], raw=bytes(row[1] or b""), tokens=row[2], cost=row[3])
+            for row in rows
+        ]
 
     def answered(self, key: bytes) -> int:
         """How many attempts of a request were answered, readable or not."""
@@ -480,8 +505,9 @@ def settle(db: sqlite3.Connection, identity: str, *, reserved: int, cost: int | 
 
 def begin(
     db: sqlite3.Connection, key: bytes, *, identity: str, mode: str, endpoint: str, reserve: int,
-    caps: Caps, owner: Owner,
+    caps: Caps, owner: Owner, batch: str | None = None,
 ) -> Begun:  # fmt: skip
+    """Opens an attempt of the owner, or of a batch that it hands to the provider."""
     if db.execute("SELECT 1 FROM judgment WHERE key = ?", (key,)).fetchone():
         return Begun(outcome="known")
     before = db.execute(
@@ -489,7 +515,7 @@ def begin(
     ).fetchall()
     for who in {who for who, finished in before if finished is None}:
         if owner.lives(who):
-            return Begun(outcome="busy")
+            return Begun(outcome="batched" if who.startswith(BATCH) else "busy")
         give_up(db, "owner = ?", who)
     db.execute("INSERT OR IGNORE INTO judge (identity) VALUES (?)", (identity,))
     attempts, spent, reserved, uncertain = db.execute(
@@ -503,7 +529,7 @@ def begin(
     cursor = db.execute(
         "INSERT INTO attempt (key, n, owner, endpoint, started, status, reserved) "
         "VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (key, len(before) + 1, owner.name, endpoint, time.time(), OPEN, reserve),
+        (key, len(before) + 1, batch or owner.name, endpoint, time.time(), OPEN, reserve),
     )
     db.execute(
         "UPDATE judge SET attempts = attempts + 1, reserved = reserved + ? WHERE identity = ?",
@@ -567,4 +593,116 @@ def put_job(db: sqlite3.Connection, job: Job) -> None:
         "seen = excluded.seen, total = excluded.total, done = excluded.done, "
         "failed = excluded.failed",
         (job.id, job.title, job.identity, now, now, job.total, job.done, job.failed),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSeen:
+    """What a ledger says of one judge; money in nano-dollars.
+
+    Attributes:
+        judgments: status to number of requests.
+        outcomes: how attempts ended, to their number.
+        unsure: attempts that were possibly billed.
+        unanswered: requests without a judgment of which nothing is under way.
+    """
+
+    identity: str
+    mode: str
+    attempts: int
+    spent: int
+    reserved: int
+    uncertain: int
+    judgments: Mapping[str, int]
+    outcomes: Mapping[str, int]
+    unsure: int
+    unanswered: int
+
+    @property
+    def judged(self) -> int:
+        return sum(self.judgments.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSeen:
+    """What a ledger says of one job; times in seconds since the epoch."""
+
+    identity: str
+    title: str
+    started: float
+    seen: float
+    total: int
+    done: int
+    failed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A ledger at one moment; `jobs` with the newest first."""
+
+    judges: list[JudgeSeen]
+    jobs: list[JobSeen]
+
+
+def look(path: Path) -> Seen:
+    """Reads a ledger that others may be writing, and changes nothing.
+
+    Raises:
+        JudgeError: it is no ledger of ours.
+    """
+    db = connect(path)
+    try:
+        prepare(db, path)
+        jobs = db.execute(
+            "SELECT identity, title, started, seen, total, done, failed FROM job "
+            "ORDER BY started DESC"
+        ).fetchall()
+        judges = db.execute(
+            "SELECT identity, capability, attempts, spent, reserved, uncertain FROM judge"
+        ).fetchall()
+        names = ("identity", "title", "started", "seen", "total", "done", "failed")
+        return Seen(
+            judges=[look_at(db, *judge) for judge in judges],
+            jobs=[JobSeen(**dict(zip(names, job, strict=True))) for job in jobs],
+        )
+    except sqlite3.DatabaseError as error:
+        raise unreadable(path, error) from error
+    finally:
+        db.close()
+
+
+def look_at(
+    db: sqlite3.Connection, identity: str, capability: str | None, *counts: int
+) -> JudgeSeen:
+    def counted(query: str) -> dict[str, int]:
+        return dict(db.execute(query, (identity,)).fetchall())
+
+    judgments = counted(
+        "SELECT judgment.status, count(*) FROM judgment JOIN request USING (key) "
+        "WHERE identity = ? GROUP BY 1 ORDER BY 2 DESC"
+    )
+    outcomes = counted(
+        "SELECT attempt.status, count(*) FROM attempt JOIN request USING (key) "
+        "WHERE identity = ? GROUP BY 1 ORDER BY 2 DESC"
+    )
+    unsure = counted(
+        "SELECT 'unsure', count(*) FROM attempt JOIN request USING (key) WHERE identity = ? "
+        "AND finished IS NOT NULL AND cost IS NULL"
+    )
+    unanswered = counted(
+        "SELECT 'unanswered', count(*) FROM request WHERE identity = ? AND key NOT IN "
+        "(SELECT key FROM judgment) AND key NOT IN (SELECT key FROM attempt WHERE finished IS NULL) "
+        "AND substr(key, 1, 6) != CAST('probe ' AS BLOB)"
+    )
+    return JudgeSeen(
+        identity=identity,
+        mode=json.loads(capability)["mode"] if capability else "",
+        attempts=counts[0],
+        spent=counts[1],
+        reserved=counts[2],
+        uncertain=counts[3],
+        judgments=judgments,
+        outcomes=outcomes,
+        unsure=unsure["unsure"],
+        unanswered=unanswered["unanswered"],
     )

@@ -41,7 +41,9 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Openai) -> Asy
         if settings.batch:
             from align.judge.batch import answer_in_batches
 
+            bench.asker.price = price_of(settings)
             await answer_in_batches(comparisons, asker=bench.asker)
+            bench.asker.price = price_of(settings, live=True)
         total = operator.length_hint(comparisons, 0)
         tally = Tally(bench=bench, total=total)
         with draining(bench.asker):
@@ -63,7 +65,7 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Openai) -> Asy
 @contextlib.asynccontextmanager
 async def opened(settings: Openai) -> AsyncIterator["Bench"]:
     """The judge with its ledger and its endpoint, for as long as it is needed."""
-    price = price_of(settings)
+    price = price_of(settings, live=True)
     endpoint = Endpoint(
         settings.base_url,
         api_key_env=settings.api_key_env,
@@ -116,8 +118,7 @@ class Bench:
 
     async def settle(self, group: Group) -> list[Verdict]:
         settings = self.asker.settings
-        longest = max(len(text) for c in group.comparisons for text in (c.first, c.second))
-        if settings.on_overflow == "drop" and longest > settings.max_chars:
+        if dropped(group, settings=settings):
             return [without(c, status="overflow", judge=settings.judge) for c in group.comparisons]
         found = verdicts(group, await self.answers(group), settings=settings, judge=settings.judge)
         if self.escalation is None:
@@ -159,6 +160,12 @@ class Bench:
         assert self.escalation is not None
         (other,) = await self.escalation.settle(Group(comparisons=(comparison,)))
         return replace(other, cost=verdict.cost + other.cost, tokens=verdict.tokens + other.tokens)
+
+
+def dropped(group: Group, *, settings: Openai) -> bool:
+    """Whether the group is too long to be asked about."""
+    longest = max(len(text) for c in group.comparisons for text in (c.first, c.second))
+    return settings.on_overflow == "drop" and longest > settings.max_chars
 
 
 @dataclass

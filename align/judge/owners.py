@@ -16,8 +16,31 @@ from align.errors import JudgeError
 STALE_S = 120.0
 BATCH = "batch-"  # owns what was handed to a provider's Batch API
 NETWORK = frozenset(
-    "nfs nfs3 nfs4 cifs smb smb2 smb3 smbfs lustre gpfs beegfs ceph afs glusterfs pvfs2 orangefs "
-    "fuse.sshfs fuse.glusterfs fuse.ceph fuse.s3fs fuse.rclone wekafs panfs".split()
+    [
+        "nfs",
+        "nfs3",
+        "nfs4",
+        "cifs",
+        "smb",
+        "smb2",
+        "smb3",
+        "smbfs",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "ceph",
+        "afs",
+        "glusterfs",
+        "pvfs2",
+        "orangefs",
+        "fuse.sshfs",
+        "fuse.glusterfs",
+        "fuse.ceph",
+        "fuse.s3fs",
+        "fuse.rclone",
+        "wekafs",
+        "panfs",
+    ]
 )
 
 

@@ -13,7 +13,6 @@ from align.errors import JudgeError
 from align.judge import endpoint
 from align.judge.answers import OK, Reading
 from align.judge.asker import Asker, Attempt, Capability, request
-from align.judge.prompts import Material
 from align.judge.settings import Openai
 from align.judge.verdicts import Group, Question, questions
 from align.records import Comparison, Message, Prompt
@@ -94,8 +93,7 @@ async def tried(asker: Asker, question: Question, able: Capability) -> Attempt:
     settings = asker.settings
     attempt = None
     wanted = request(question, settings=settings, able=able, limit=settings.max_chars)
-    # A name of its own: what a probe says is no judgment, and it may be asked again.
-    wanted = replace(wanted, key=b"probe " + wanted.key[:26])
+    wanted = replace(wanted, key=b"probe " + wanted.key[:26], probe=True)
     while attempt is None:
         attempt = await asker.persist(wanted)
     if attempt.reply.kind in (endpoint.ANSWERED, endpoint.REJECTED):

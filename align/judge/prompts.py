@@ -81,6 +81,7 @@ def environment(folders: tuple[str, ...]) -> ImmutableSandboxedEnvironment:
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,
+        auto_reload=False,
     )
 
 

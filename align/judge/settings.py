@@ -8,12 +8,22 @@ from typing import Any
 from align.checks import check_choice, check_file, check_range
 from align.errors import ConfigError
 from align.judge.forms import KINDS, MODES, SCALES
+from align.models.settings import Model
+from align.records import OK, STATUSES, TIE
 
 CONTENT = {"fingerprint": "content"}
 UNSHAPING = {"fingerprint": "ignore"}
 ROOM = {"room": "align.judge"}  # the field holds another judge, or several by name
 DISAGREEMENT = ("tie", "drop", "soft", "escalate")
 OVERFLOW = ("truncate", "drop")
+VOTES = ("mean", "logodds")
+PREFERENCES = ("longest", "shortest", "first", "second", "contains", "none")
+FAILURES = tuple(status for status in STATUSES if status not in (OK, TIE))
+
+
+def called(settings: Any) -> str | None:
+    """What a judge is called where people read it; None for no judge."""
+    return getattr(settings, "judge", None) or getattr(settings, "name", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +162,109 @@ class Openai(Asking):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Local(Asking):
+    """A language model in this process, read at the token of its verdict."""
+
+    model: Model
+    batch_tokens: int = field(metadata=UNSHAPING)
+
+    def __post_init__(self) -> None:
+        check_range("judge.batch_tokens", self.batch_tokens, low=1)
+        if self.kind == "listwise":
+            raise ConfigError(
+                "judge.kind=listwise: this judge reads one answer token, and a ranking has more; "
+                "type judge.kind=pairwise or judge.kind=scalar"
+            )
+        if self.criteria or self.reason:
+            key = f"judge.criteria={self.criteria}" if self.criteria else "judge.reason=true"
+            raise ConfigError(
+                f"{key}: this judge writes nothing, only its verdict is read; type "
+                "judge.criteria=[] judge.reason=false, or choose judge=openai"
+            )
+        if self.on_disagreement == "escalate" or self.escalate is not None:
+            raise ConfigError(
+                "judge.on_disagreement=escalate: this judge asks no other one; type "
+                "judge.on_disagreement=tie, or judge=openai with this one as its judge.escalate"
+            )
+        super().__post_init__()
+
+    @property
+    def judge(self) -> str:
+        """What it is called where people read it; its verdicts also name the hub's commit."""
+        return self.identity or self.model.name
+
+
+@dataclass(frozen=True, kw_only=True)
 class Jury:
-    """Several judges, weighted."""
+    """Several judges, weighted; alike without `weights` and `agreement`."""
 
     name: str
     module: str | None
     members: Mapping[str, Any] = field(metadata=ROOM)
-    weights: Mapping[str, float]
-    agreement: str | None = field(metadata=CONTENT)
+    weights: Mapping[str, float] | None
+    agreement: Mapping[str, str] | None = field(metadata=CONTENT)
+    vote: str
+    quorum: int | None
 
     def __post_init__(self) -> None:
-        check_file("judge.agreement", self.agreement)
+        from align.judge.jury import voters
+
+        members = self.members if isinstance(self.members, Mapping) else {}
+        if len(members) < 2:
+            raise ConfigError(
+                f"judge.members={sorted(members)}: a jury has at least two; type "
+                "+judge@judge.members.NAME=openai judge.members.NAME.model=… for each"
+            )
+        for name, member in members.items():
+            if member is None:
+                raise ConfigError(
+                    f"judge.members.{name}=none: is no judge; leave it out, or type "
+                    f"judge@judge.members.{name}=NAME"
+                )
+        check_choice("judge.vote", self.vote, VOTES)
+        weighing = len(voters(self))
+        if self.quorum is not None:
+            check_range("judge.quorum", self.quorum, low=1, high=weighing)
+
+    @property
+    def judge(self) -> str:
+        """What it is called in verdicts."""
+        return f"jury({','.join(sorted(self.members))})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted:
+    """A judge that follows a script, for tests and dry runs."""
+
+    name: str
+    module: str | None
+    prefer: str
+    text: str | None
+    p: float
+    statuses: Mapping[str, float] | None
+    noise: float
+    cost_usd: float
+
+    def __post_init__(self) -> None:
+        check_choice("judge.prefer", self.prefer, PREFERENCES)
+        if self.prefer == "contains" and not self.text:
+            raise ConfigError(
+                "judge.prefer=contains: nothing to look for; type judge.text='what to look for'"
+            )
+        check_range("judge.p", self.p, low=0.5, high=1)
+        check_range("judge.noise", self.noise, low=0, high=1)
+        check_range("judge.cost_usd", self.cost_usd, low=0)
+        statuses = self.statuses or {}
+        for status, share in statuses.items():
+            if status not in FAILURES:
+                raise ConfigError(
+                    f"judge.statuses.{status}={share}: no such status; there are "
+                    f"{', '.join(FAILURES)}"
+                )
+            check_range(f"judge.statuses.{status}", share, low=0, high=1)
+        check_range("sum of judge.statuses", sum(statuses.values()), low=0, high=1 + 1e-9)
+
+    @property
+    def judge(self) -> str:
+        """What it is called in verdicts."""
+        return "scripted"

@@ -162,7 +162,7 @@ def single(
         status = next((status for status in GRAVEST if status in bad), "failed")
         return without(comparison, status=status, judge=judge)
     if settings.kind == forms.SCALAR:
-        return from_scores(comparison, rounds, list(group.texts), judge=judge)
+        return from_scores(comparison, rounds, list(group.texts), settings=settings, judge=judge)
     if settings.kind == forms.LISTWISE:
         verdict = from_rankings(comparison, rounds, list(group.texts), judge=judge)
     else:
@@ -256,13 +256,16 @@ def from_scores(
     rounds: Sequence[Sequence[Answer]],
     indices: Sequence[int],
     *,
+    settings: Asking,
     judge: str,
 ) -> Verdict:
-    """A pair of marks that were given apart, so there is no order to disagree about.
+    """A pair of marks that were given apart, so there is no order to disagree about. The margin is
+    in marks; the scores are shares of the scale, 0 to 1.
 
     With probabilities of each mark, p = P(mark of first > mark of second) + P(equal) / 2, taken as
     independent; without, the higher mark wins.
     """
+    lowest, highest = settings.lowest, settings.highest
     places = [indices.index(i) for i in (comparison.first_index, comparison.second_index)]
     readings = [[answers[place].reading for answers in rounds] for place in places]
     marks = [fmean(map(score, side)) for side in readings]
@@ -270,7 +273,8 @@ def from_scores(
     sides = []
     for side, mark in zip(readings, marks, strict=True):
         named = {name: fmean(float(r.criteria[name]) for r in side) for name in side[0].criteria}
-        sides.append({**named, "score": mark})
+        shares = {**named, "score": mark}.items()
+        sides.append({name: (value - lowest) / (highest - lowest) for name, value in shares})
     return Verdict(
         id=comparison.prompt.id,
         first=comparison.first_index,

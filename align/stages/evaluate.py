@@ -12,9 +12,10 @@ import numpy
 
 from align.artifacts import read_json, write_json
 from align.jsonl import dump_line, read_records
+from align.judge.settings import called
 from align.named import named_module
 from align.records import OK, STATUSES, TIE, Candidate, Comparison, Prompt, Response, Verdict
-from align.stages.judging import VERDICTS, judge_missing, read_verdicts
+from align.stages.judging import VERDICTS, Said, judge_missing
 from align.stages.settings import EvaluateStage
 from align.stats import Interval, length_controlled, mean_interval, win_rate
 
@@ -56,8 +57,7 @@ def run(settings: EvaluateStage, inputs: dict[str, Path], out: Path) -> None:
         metrics |= verdict_metrics(pairs, found, settings)
     with (out / "comparisons.jsonl").open("wb") as file:
         file.writelines(dump_line(row(p, v)) for p, v in zip(pairs, verdicts, strict=True))
-    name = None if settings.judge is None else settings.judge.name
-    write_json(out / "judge.json", {"judge": name})
+    write_json(out / "judge.json", {"judge": called(settings.judge)})
     from align.stages.divergence import divergence
 
     metrics |= divergence(settings, pairs, inputs["train"] / "adapter")
@@ -89,8 +89,12 @@ def judge_all(settings: EvaluateStage, pairs: Sequence[Pair], path: Path) -> lis
         path=path,
         title="judge",
     )
-    found = {verdict.id: verdict for verdict in read_verdicts(path)}
-    return [found.get(pair.prompt.id) or unanswered(pair) for pair in pairs]
+    said = Said(path)
+    found = [said.on([pair.comparison()]) for pair in pairs]
+    return [
+        verdicts[0] if verdicts else unanswered(pair)
+        for pair, verdicts in zip(pairs, found, strict=True)
+    ]
 
 
 def unanswered(pair: Pair) -> Verdict:

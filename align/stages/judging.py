@@ -1,14 +1,18 @@
-"""Has comparisons judged, and keeps every verdict on disk, so that none is asked for twice."""
+"""Has comparisons judged, and keeps every verdict on disk, in the order asked, so that none is
+asked for twice.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.errors import JudgeError
 from align.jsonl import JsonlAppender, read_records
 from align.named import named_module
 from align.progress import progress_bar
-from align.records import Comparison, Verdict
+from align.records import OK, TIE, Comparison, Verdict
 
 VERDICTS = "verdicts.jsonl"
 BLOCK = 256  # verdicts between two writes: all that SIGKILL can lose
@@ -22,34 +26,91 @@ def judge_missing(
     Args:
         comparisons: gives them anew each time it is called; they are never all in memory.
         judge: the settings of the judge to ask.
+
+    Raises:
+        JudgeError: the judge cannot go on, or gives verdicts in another order; what it said before
+            is kept.
     """
     with JsonlAppender(path) as appender:
-        judged = {(v.id, v.first, v.second) for v in read_verdicts(path)}
+        missing = Missing(comparisons, path)
+        total = sum(1 for _ in comparisons())
+        done = total - len(missing)
+        with progress_bar(title, total, unit="comparisons", done=done) as advance:
+            asyncio.run(append(missing, judge=judge, appender=appender, advance=advance))
 
-        def missing() -> Iterator[Comparison]:
-            for c in comparisons():
-                if (c.prompt.id, c.first_index, c.second_index) not in judged:
-                    yield c
 
-        total = len(judged) + sum(1 for _ in missing())
-        with progress_bar(title, total, unit="comparisons", done=len(judged)) as advance:
-            asyncio.run(append(missing(), judge=judge, appender=appender, advance=advance))
+class Missing:
+    """The comparisons after the last one that has a verdict; can be gone through more than once."""
+
+    def __init__(self, comparisons: Callable[[], Iterable[Comparison]], path: Path) -> None:
+        self.comparisons, self.path, self.count = comparisons, path, 0
+        self.judged = sum(1 for _ in read_verdicts(path))
+        self.count = sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[Comparison]:
+        verdicts = (v for v, _ in zip(read_verdicts(self.path), range(self.judged), strict=False))
+        pending = next(verdicts, None)
+        for comparison in self.comparisons():
+            if pending is None:
+                yield comparison
+            elif is_of(pending, comparison):
+                pending = next(verdicts, None)
+        if pending is not None:
+            raise JudgeError(
+                f"{self.path}: holds a verdict on prompt {pending.id} that nobody asked for, or in "
+                "another order; remove the file, and the same command judges anew"
+            )
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def is_of(verdict: Verdict, comparison: Comparison) -> bool:
+    return (verdict.id, verdict.first, verdict.second) == (
+        comparison.prompt.id,
+        comparison.first_index,
+        comparison.second_index,
+    )
+
+
+@dataclass
+class InOrder:
+    """Checks that verdicts come in the order of what was asked; some may be left out."""
+
+    asked: Iterator[Comparison]
+    judge: Any
+
+    def check(self, verdict: Verdict) -> None:
+        """
+        Raises:
+            JudgeError: none of the comparisons that are left is the verdict's.
+        """
+        if not any(is_of(verdict, comparison) for comparison in self.asked):
+            raise JudgeError(
+                f"judge={self.judge.name}: gave a verdict on prompt {verdict.id} (answers "
+                f"{verdict.first} and {verdict.second}) that was not asked for, or came after a later "
+                "one; compare() must yield verdicts in the order of its comparisons, with their ids"
+            )
 
 
 async def append(
-    comparisons: Iterable[Comparison],
+    comparisons: Missing,
     *,
     judge: Any,
     appender: JsonlAppender,
-    advance: Callable[[int, int], None],
+    advance: Callable[..., None],
 ) -> None:
     """Asks and writes in blocks; what was answered before an error is written too."""
     module = named_module("align.judge", judge.name, judge.module)
+    order = InOrder(asked=iter(comparisons), judge=judge)
     block: list[Verdict] = []
+    failed, cost = 0, 0.0
     try:
         async for verdict in module.compare(comparisons, settings=judge):
+            order.check(verdict)
             block.append(verdict)
-            advance(1, 1)
+            failed, cost = failed + (verdict.status not in (OK, TIE)), cost + verdict.cost
+            advance(1, 1, note(failed, cost))
             if len(block) == BLOCK:
                 appender.append(v.to_json() for v in block)
                 block = []
@@ -57,8 +118,32 @@ async def append(
         appender.append(v.to_json() for v in block)
 
 
+def note(failed: int, cost: float) -> str:
+    """What stands beside the bar: comparisons without a verdict, and the price of all."""
+    lacking = f"{failed} without a verdict" if failed else ""
+    price = f"${cost:,.2f}" if cost >= 10 else f"${cost:.4f}" if cost else ""
+    return ", ".join(part for part in (lacking, price) if part)
+
+
 def read_verdicts(path: Path) -> Iterator[Verdict]:
     def from_json(line: Any, *, number: int = 0) -> Verdict:
         return Verdict(**{key: value for key, value in line.items() if key != "v"})
 
     return read_records(path, from_json)
+
+
+class Said:
+    """Goes through a file of verdicts, in step with the comparisons that they are of."""
+
+    def __init__(self, path: Path) -> None:
+        self.verdicts = read_verdicts(path)
+        self.pending = next(self.verdicts, None)
+
+    def on(self, comparisons: Iterable[Comparison]) -> list[Verdict]:
+        """The verdicts on the next comparisons; those that the judge passed over have none."""
+        found = []
+        for comparison in comparisons:
+            if self.pending is not None and is_of(self.pending, comparison):
+                found.append(self.pending)
+                self.pending = next(self.verdicts, None)
+        return found

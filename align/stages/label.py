@@ -12,7 +12,7 @@ from align.artifacts import write_json
 from align.errors import StageError
 from align.jsonl import IndexedRecords, dump_line
 from align.records import OK, STATUSES, TIE, Candidate, Comparison, Preference, Prompt, Verdict
-from align.stages.judging import VERDICTS, judge_missing, read_verdicts
+from align.stages.judging import VERDICTS, Said, judge_missing
 from align.stages.settings import Label, LabelStage
 
 
@@ -24,13 +24,13 @@ def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
     """
     candidates = IndexedRecords(inputs["candidates"] / "candidates.jsonl", Candidate.from_json)
 
-    def wanted() -> Iterator[Comparison]:
-        for candidate in candidates:
-            yield from comparisons(candidate, label=settings.label, seed=settings.seed)
-
-    judge_missing(wanted, judge=settings.judge, path=out / VERDICTS, title="label")
+    judge_missing(
+        lambda: asked(settings, candidates),
+        judge=settings.judge,
+        path=out / VERDICTS,
+        title="label",
+    )
     counts = write_preferences(settings, candidates, out)
-    counts["cost_usd"] = sum(v.cost for v in read_verdicts(out / VERDICTS))
     write_json(out / "counts.json", counts)
     if counts["preferences"] == 0:
         raise StageError(
@@ -38,6 +38,12 @@ def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
             "sample more varied answers (sampler.n, sampler.temperature) or look at verdicts.jsonl"
         )
     print(f"labelled {counts['comparisons']} comparisons: {told(counts)}", flush=True)
+
+
+def asked(settings: LabelStage, candidates: Iterable[Candidate]) -> Iterator[Comparison]:
+    """All comparisons, in the candidates' order."""
+    for candidate in candidates:
+        yield from comparisons(candidate, label=settings.label, seed=settings.seed)
 
 
 def told(counts: dict[str, Any]) -> str:
@@ -89,17 +95,17 @@ def write_preferences(
     """preferences.jsonl in the candidates' order; returns the counts, those that became no data
     included.
     """
-    verdicts: dict[str, list[Verdict]] = {}
     counts: Counter[str] = Counter()
-    for verdict in read_verdicts(out / VERDICTS):
-        verdicts.setdefault(verdict.id, []).append(verdict)
-        counts[verdict.status] += 1
-        counts["inconsistent"] += not verdict.consistent
+    cost, said = 0.0, Said(out / VERDICTS)
     with (out / "preferences.jsonl").open("wb") as file:
         for candidate in candidates:
+            verdicts = said.on(comparisons(candidate, label=settings.label, seed=settings.seed))
+            for verdict in verdicts:
+                counts[verdict.status] += 1
+                counts["inconsistent"] += not verdict.consistent
+                cost += verdict.cost
             ordered = sorted(
-                verdicts.get(candidate.id, []),
-                key=lambda v: (min(v.first, v.second), max(v.first, v.second)),
+                verdicts, key=lambda v: (min(v.first, v.second), max(v.first, v.second))
             )
             for preference in preferences(candidate, ordered, label=settings.label):
                 file.write(dump_line(preference.to_json()))
@@ -111,6 +117,7 @@ def write_preferences(
     return {
         "comparisons": sum(counts[s] for s in STATUSES),
         **{name: counts[name] for name in names},
+        "cost_usd": cost,
     }
 
 

@@ -60,6 +60,14 @@ class ReadStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CollectStage:
+    """Candidates that somebody else made."""
+
+    version: ClassVar[int] = 1
+    path: str = field(metadata={"fingerprint": "content"})
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateStage:
     version: ClassVar[int] = 1
     model: Model
@@ -69,7 +77,7 @@ class GenerateStage:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelStage:
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     label: Label
     judge: Any
     seed: int
@@ -101,7 +109,7 @@ class TrainStage:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateStage:
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     model: Model
     judge: Any
     max_new_tokens: int

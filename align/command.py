@@ -1,0 +1,132 @@
+"""What the commands share: Hydra composed once, one line for each mistake, an exit status.
+
+Imports no torch.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# Hydra prints its own multi-line errors and exits unless this is set; then they reach `one_line`
+# below.
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from align.config import CONF, did_you_mean, options, register_resolvers
+from align.errors import AlignError, ConfigError
+from align.interrupt import STATUS, interrupted, leave, watch
+
+
+def run_command(job: Callable[[], int], *, again: str) -> None:
+    """Runs it to its end and leaves. Exit status: 0 done, 1 an error of the user's, 130
+    interrupted.
+
+    Args:
+        again: what to type to go on after an interrupt.
+    """
+    watch()
+    try:
+        status = guarded(job)
+    except BaseException as error:
+        if not interrupted(error):
+            raise
+        status = STATUS
+    if status == STATUS or (status and interrupted()):
+        leave(f"interrupted; what is finished is kept. To go on: {again}")
+    sys.exit(status)
+
+
+def guarded(job: Callable[[], int]) -> int:
+    """Its status; an error of the user's is told in one line."""
+    try:
+        return job()
+    except AlignError as error:
+        if interrupted():  # an interrupt that a library took for a failure of its own
+            raise KeyboardInterrupt from error
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(one_line(error))
+    except OSError as error:
+        fail(broken(error))
+    return 1
+
+
+def typed(module: str) -> str:
+    """This command as one types it again."""
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+
+
+def composed(job: Callable[[DictConfig], None], *, config: str) -> None:
+    """Calls the job with the configuration that the command line says; once for each run of a
+    sweep.
+    """
+    refuse_null_groups(sys.argv[1:])
+    register_resolvers()
+    errors: list[Exception] = []
+
+    def kept(tree: DictConfig) -> None:
+        """Hydra would print a heading of its own before an error that reaches it."""
+        try:
+            job(tree)
+        except (AlignError, OSError) as error:
+            errors.append(error)
+
+    decorated: Any = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)
+    decorated(kept)()
+    if errors:
+        raise errors[0]
+
+
+def broken(error: OSError) -> str:
+    """A failure of the disk in one line."""
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}; what is finished is kept, the same command goes on"
+
+
+def fail(line: str) -> str:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return line
+
+
+def refuse_null_groups(words: list[str]) -> None:
+    """Hydra crashes on them.
+
+    Raises:
+        ConfigError: `judge=null` and the like.
+    """
+    for word in words:
+        key, equals, value = word.partition("=")
+        group = key.partition("@")[0]
+        if equals and value in ("null", "None", "") and (CONF / group).is_dir():
+            choices = ", ".join(options(group))
+            raise ConfigError(
+                f"{word}: {group} is a group and wants a name; type {group}=NAME ({choices})"
+            )
+
+
+def one_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's complaints about an override, in one line with what was probably
+    meant.
+    """
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        found = list(error.options or [])
+        listed = f" ({', '.join(found)})" if found else ""
+        return f"{group}={name}: no such {group}{did_you_mean(name, found) or listed}"
+    if isinstance(error, HydraException) and "resolving interpolation" in str(error):
+        return "a group that others build on was taken out (~group); swap it with group=NAME"
+    cause: BaseException | None = error
+    while cause is not None:
+        key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
+        if key and parent is not None and hasattr(parent, "keys"):
+            prefix = key.rpartition(".")[0]
+            siblings = [f"{prefix}.{name}" if prefix else str(name) for name in parent]
+            return f"{key}: no such setting{did_you_mean(key, siblings)}"
+        cause = cause.__cause__
+    return str(error).splitlines()[0]

@@ -1,0 +1,242 @@
+"""A judge that runs in this process: a causal language model, read at the token of its verdict.
+
+It writes nothing. Its chat template opens the answer, the answer's first words are put into its
+mouth ("Verdict:"), and what it finds probable as the next word is the verdict.
+"""
+
+import asyncio
+import contextlib
+import re
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from align.errors import ConfigError, DataError
+from align.judge.answers import OK, Reading
+from align.judge.forms import Form
+from align.judge.prompts import Template, one_message
+from align.judge.settings import Local
+from align.judge.verdicts import Answer, Group, Question, groups, questions, verdicts, without
+from align.records import Comparison, Message, Verdict
+
+WINDOW = 128  # pairs that are sorted by length together
+LEAST_SHOWN = 50  # characters of a text; what does not fit even so is given up
+BUSY = threading.Lock()  # one model computes, or loads, at a time: they share the machine
+
+T = TypeVar("T")
+
+
+async def compare(comparisons: Iterable[Comparison], *, settings: Local) -> AsyncIterator[Verdict]:
+    """One verdict a comparison, in order.
+
+    Raises:
+        ConfigError: no such model, or one without a chat template.
+    """
+    async with opened(settings) as bench:
+        waiting = groups(comparisons, settings=settings)
+        while window := list(islice(waiting, WINDOW)):
+            for settled in await bench.settle_all(window):
+                for verdict in settled:
+                    yield verdict
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: Local) -> AsyncIterator["Bench"]:
+    """The judge with its model in memory, for as long as it is needed."""
+    yield await apart(partial(load, settings))
+
+
+async def apart(work: Callable[[], T]) -> T:
+    """Heavy work in a thread, so that other judges' requests go on meanwhile."""
+
+    def alone() -> T:
+        with BUSY:
+            return work()
+
+    return await asyncio.to_thread(alone)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where comparisons are settled.
+
+    Attributes:
+        name: what the judge is called in verdicts.
+        room: the most tokens of a sequence.
+        system: whether the chat template takes a system message.
+    """
+
+    settings: Local
+    model: Any
+    tokenizer: Any
+    name: str
+    room: int
+    system: bool
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def settle(self, group: Group) -> list[Verdict]:
+        """One verdict a comparison of the group."""
+        (found,) = await self.settle_all([group])
+        return found
+
+    async def settle_all(self, several: Sequence[Group]) -> list[list[Verdict]]:
+        """The verdicts of several groups, whose questions are read in common batches."""
+        async with self.turn:
+            asked = await apart(lambda: [self.prepared(group) for group in several])
+            flat = [question for prepared in asked for question in prepared or ()]
+            answers = iter(await self.answers(flat))
+        return [
+            self.overflowed(group)
+            if prepared is None
+            else verdicts(
+                group, [next(answers) for _ in prepared], settings=self.settings, judge=self.name
+            )
+            for group, prepared in zip(several, asked, strict=True)
+        ]
+
+    def overflowed(self, group: Group) -> list[Verdict]:
+        return [without(c, status="overflow", judge=self.name) for c in group.comparisons]
+
+    def prepared(self, group: Group) -> list["Prepared"] | None:
+        """The group's questions in tokens, their texts cut alike where that makes them fit; None
+        where they do not fit.
+        """
+        asked, limit = questions(group, settings=self.settings), self.settings.max_chars
+        dropping = self.settings.on_overflow == "drop"
+        if dropping and max(len(text) for text in group.texts.values()) > limit:
+            return None
+        while True:
+            found = [self.encoded(question, limit=limit) for question in asked]
+            if all(question.size <= self.room for question in found):
+                return found
+            limit = min(limit, longest_shown(asked)) // 2
+            if dropping or limit < LEAST_SHOWN:
+                return None
+
+    def encoded(self, question: Question, *, limit: int) -> "Prepared":
+        from align.judge.label_probabilities import label_tokens
+        from align.models.chat import render
+
+        template = Template(Path(self.settings.prompt), Path(self.settings.prompts))
+        form = question.form
+        messages = template.render(question.material, form=form, mode="line", limit=limit)
+        turns = told(messages, system=self.system)
+        tokens = label_tokens(self.tokenizer, form)
+        return Prepared(ids=tuple(render(self.tokenizer, turns)), form=form, room=tokens.longest)
+
+    async def answers(self, asked: Sequence["Prepared"]) -> list[Answer]:
+        """The answers in the order of the questions, all of one form."""
+        from align.judge.label_probabilities import (
+            batches,
+            label_tokens,
+            probabilities,
+            read_batch,
+            rows,
+        )
+
+        if not asked:
+            return []
+        tokens = label_tokens(self.tokenizer, asked[0].form)
+        numbered = [(i, row) for i, q in enumerate(asked) for row in rows(q.ids, tokens)]
+        found: list[dict[str, float]] = [{} for _ in asked]
+        sizes = [0] * len(asked)
+        for batch in batches([row for _, row in numbered], batch_tokens=self.settings.batch_tokens):
+            chosen = [numbered[k][1] for k in batch]
+            read = await apart(partial(read_batch, self.model, chosen, tokens))
+            for k, logprobs in zip(batch, read, strict=True):
+                found[numbered[k][0]] |= logprobs
+                sizes[numbered[k][0]] += len(numbered[k][1])
+        return [
+            answer(probabilities(logprobs, tokens), tokens=size)
+            for logprobs, size in zip(found, sizes, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A question in tokens; `room`: how many more the answer takes."""
+
+    ids: tuple[int, ...]
+    form: Form
+    room: int
+
+    @property
+    def size(self) -> int:
+        return len(self.ids) + self.room
+
+
+def answer(probabilities: dict[str, float], *, tokens: int) -> Answer:
+    """The likeliest label, or why there is none."""
+    if not probabilities:
+        reading = Reading(status="failed", why="the model gave no finite numbers")
+    else:
+        label = max(probabilities, key=lambda name: probabilities[name])
+        reading = Reading(status=OK, label=label, probabilities=probabilities)
+    return Answer(reading=reading, tokens=tokens)
+
+
+def longest_shown(asked: Sequence[Question]) -> int:
+    """Characters of the longest text in the questions."""
+    return max(
+        len(text)
+        for question in asked
+        for text in (
+            *(message.content for message in question.material.messages),
+            *question.material.responses,
+            question.material.reference or "",
+        )
+    )
+
+
+def told(messages: Sequence[dict[str, str]], *, system: bool) -> list[Message]:
+    """The rendered prompt as turns; as one, for templates that take no system message."""
+    kept = messages if system else one_message(messages)
+    return [Message(role=m["role"], content=m["content"]) for m in kept]
+
+
+def load(settings: Local) -> Bench:
+    """The model in memory, a hub model at the commit that its verdicts name.
+
+    Raises:
+        ConfigError: no such model, or one without a chat template.
+    """
+    from align.models.identity import pinned
+    from align.models.load import load_model, load_tokenizer, window
+
+    try:
+        chosen = pinned(settings.model)
+        tokenizer = load_tokenizer(chosen)
+        model = load_model(chosen)
+    except ConfigError as error:  # it speaks of the policy's model
+        line = re.sub(r"(?<![\w.])model\.(?=\w+=)", "judge.model.", str(error))
+        raise ConfigError(line) from error
+    return Bench(
+        settings=settings,
+        model=model,
+        tokenizer=tokenizer,
+        name=settings.identity or called(chosen.name, chosen.revision),
+        room=window(model),
+        system=takes_system(tokenizer),
+    )
+
+
+def called(name: str, revision: str | None) -> str:
+    """A folder by its name, a hub model with the first letters of its commit."""
+    if Path(name).is_dir():
+        return Path(name).absolute().name
+    return f"{name}@{(revision or '')[:8]}"
+
+
+def takes_system(tokenizer: Any) -> bool:
+    """Whether the chat template takes a system message before the user's."""
+    from align.models.chat import render
+
+    try:
+        render(tokenizer, [Message(role=role, content="x") for role in ("system", "user")])
+    except DataError:
+        return False
+    return True

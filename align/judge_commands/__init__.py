@@ -1,0 +1,1 @@
+"""What `python -m align.judge` does, a file a sub-command."""

@@ -1,0 +1,179 @@
+"""`python -m align.judge candidates=FILE judge=NAME out=FILE`: the label stage on candidates that
+somebody else made.
+"""
+
+import shlex
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from align.artifacts import Artifact, fingerprint, lock
+from align.checks import check_file, check_range
+from align.command import composed
+from align.config import Launch, build, resolved
+from align.errors import ConfigError, JudgeError
+from align.jsonl import IndexedRecords
+from align.judge.prices import usd
+from align.pipeline import Done, Work, bring_about, shortest
+from align.plan import Step
+from align.records import OK, STATUSES, TIE, Candidate
+from align.stages.judging import VERDICTS, read_verdicts
+from align.stages.label import asked
+from align.stages.settings import CollectStage, Label, LabelStage
+
+HERE = Launch(mode="inline", processes=None, threads=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling:
+    """What the command line says; values and comments are in conf/judge_cli.yaml."""
+
+    candidates: str
+    out: str
+    workspace: str
+    name: str
+    seed: int
+    verify: bool
+    retry: bool
+    dry_run: bool
+    label: Label
+    judge: Any = field(metadata={"room": "align.judge"})
+
+    def __post_init__(self) -> None:
+        check_file("candidates", self.candidates)
+        check_range("seed", self.seed, low=0, high=2**31 - 1)
+        if self.judge is None:
+            raise ConfigError("no judge given; type judge=openai judge.model=NAME")
+        folder = Path(self.out).absolute().parent
+        if not folder.is_dir() or Path(self.out).is_dir():
+            raise ConfigError(
+                f"out={self.out}: cannot be written there; name a file in a folder that exists"
+            )
+
+    def steps(self) -> list[Step]:
+        stage = LabelStage(label=self.label, judge=self.judge, seed=self.seed)
+        return [
+            Step(name="candidates", stage="collect", settings=CollectStage(path=self.candidates)),
+            Step(
+                name="preferences",
+                stage="label",
+                settings=stage,
+                inputs={"candidates": "candidates"},
+                links=("preferences.jsonl", "verdicts.jsonl"),
+            ),
+        ]
+
+
+def command() -> int:
+    """Runs the command line; returns the exit status."""
+    composed(job, config="judge_cli")
+    return 0
+
+
+def job(tree: DictConfig) -> None:
+    values = resolved(tree)
+    if values["candidates"] is None:
+        raise ConfigError("no candidates given; type candidates=FILE (.jsonl or .parquet)")
+    settings: Labelling = build(Labelling, values, "")
+    command = shlex.join(["python", "-m", "align.judge", *HydraConfig.get().overrides.task])
+    if settings.dry_run:
+        print(dry_run(settings, values, command))
+        return
+    done = run(settings, settings.steps(), values, command)
+    export(done.made["preferences"].path / "preferences.jsonl", Path(settings.out))
+    print(closing(settings, done))
+
+
+def run(settings: Labelling, steps: list[Step], values: dict[str, Any], command: str) -> Done:
+    """Brings the steps about; with retry=true what ended without a verdict is asked again."""
+    how = Work(verify=settings.verify, launch=HERE)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    given = {"workspace": settings.workspace, "name": settings.name, "text": text}
+    done = bring_about(steps, **given, command=command, how=how)
+    if settings.retry and "preferences" in done.made and set_aside(done.made["preferences"]):
+        return bring_about(steps, **given, command=command, how=how)
+    return done
+
+
+def set_aside(artifact: Artifact) -> bool:
+    """Removes labels of which some are without a verdict; those that are there stand in the ledger.
+
+    False where there is nothing to ask again.
+    """
+    with lock(artifact.path.with_suffix(".lock"), waiting="waiting for another run"):
+        lacking = sum(v.status == "failed" for v in read_verdicts(artifact.path / VERDICTS))
+        if lacking:
+            print(f"asking again for {lacking} comparisons that failed", flush=True)
+            shutil.rmtree(artifact.path)
+    return bool(lacking)
+
+
+def export(source: Path, target: Path) -> None:
+    """Copies a file so that its new place holds it whole or not at all."""
+    partial = target.with_name(f".{target.name}.{fingerprint(str(target))[:8]}")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
+def closing(settings: Labelling, done: Done) -> str:
+    """What came of it, and what to type next."""
+    counts = done.made["preferences"].manifest["counts"]
+    refused = done.made["candidates"].manifest["counts"]["refused"]
+    without = {s: counts[s] for s in STATUSES if s not in (OK, TIE) and counts[s]}
+    lines = [
+        f"{counts['preferences']:,} preferences from {counts['comparisons']:,} comparisons: {settings.out}"
+    ]
+    if refused:
+        folder = shortest(done.made["candidates"].path)
+        lines.append(f"{refused:,} rows of {settings.candidates} left out: {folder}/refused.jsonl")
+    if without:
+        told = ", ".join(f"{n:,} {status}" for status, n in without.items())
+        again = "; to ask the failed ones again: retry=true" if "failed" in without else ""
+        lines.append(f"without a verdict, so no preference: {told}{again}")
+    lines.append(f"verdicts: {shortest(done.run.path.with_name('latest'))}/verdicts.jsonl")
+    return "\n".join(lines)
+
+
+def dry_run(settings: Labelling, values: dict[str, Any], command: str) -> str:
+    """What it would take.
+
+    Raises:
+        ConfigError: a judge that is not asked by requests.
+    """
+    if settings.judge.name != "openai":
+        raise ConfigError(
+            f"dry_run=true: judge={settings.judge.name} sends no requests; it is free"
+        )
+    from align.judge.estimate import estimate
+
+    # The candidates are read and checked (that is free); nothing is asked.
+    planned = replace(settings, retry=False)
+    done = run(planned, settings.steps()[:1], values, command)
+    rows = IndexedRecords(done.made["candidates"].path / "candidates.jsonl", Candidate.from_json)
+    stage = LabelStage(label=settings.label, judge=settings.judge, seed=settings.seed)
+    found = estimate(asked(stage, rows), settings=settings.judge)
+    if not found.comparisons:
+        raise JudgeError(f"{settings.candidates}: no prompt has two different answers to compare")
+    worst = f"at worst ${usd(found.worst):,.2f}"
+    return "\n".join(
+        [
+            f"{found.comparisons:,} comparisons, {found.requests:,} requests; {found.known:,} of them are answered in the ledger already",
+            f"about {found.tokens_in:,} tokens to read and {found.tokens_out:,} to write",
+            f"about ${usd(found.cost):,.2f} ({worst}) at ${found.price.read:g} and ${found.price.written:g} per million tokens",
+            f"about {told_time(found.seconds)} at {found.latency:.1f} s a request ({found.basis}) and {settings.judge.concurrency} at a time",
+            "nothing was sent",
+        ]
+    )
+
+
+def told_time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
