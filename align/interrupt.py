@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 STATUS = 130
 _seen: list[int] = []
+_stops: list[Callable[[], None]] = []
+_before: list[Callable[[int, FrameType | None], Any]] = []
 
 
 def watch() -> None:
@@ -36,25 +38,31 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 @contextmanager
 def deferred(first: Callable[[], None]) -> Iterator[None]:
     """Within it the first interrupt calls `first` and raises nothing, for work that must come to an
-    end of its own; a second one ends the process at once. Where interrupts are ignored, they stay
-    so.
+    end of its own; a second one ends the process at once. Several may overlap, and end in any
+    order. Where interrupts are ignored, they stay so.
     """
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if _seen:
-            os._exit(STATUS)
-        _seen.append(number)
-        first()
-
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
-    signal.signal(signal.SIGINT, handler)
+    if not _stops:
+        _before[:] = [before]
+        signal.signal(signal.SIGINT, _stop_all)
+    _stops.append(first)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        _stops.remove(first)
+        if not _stops:
+            signal.signal(signal.SIGINT, _before.pop())
+
+
+def _stop_all(number: int, frame: FrameType | None) -> None:
+    if _seen:
+        os._exit(STATUS)
+    _seen.append(number)
+    for stop in list(_stops):
+        stop()
 
 
 def interrupted(error: BaseException | None = None) -> bool:

@@ -25,6 +25,7 @@ NEEDS_MORE = {
     "data=prompts": [f"data.path={__file__}"],
     "data=preferences": [f"data.path={__file__}"],
     "data=qa_feedback": [f"data.path={__file__}"],
+    "judge=openai": ["judge.model=gpt-4.1-mini"],
     "judge=local": ["judge.model.name=owner/name"],
     "judge=jury": ["+judge@judge.members.a=rubric", "+judge@judge.members.b=scripted"],
 }
@@ -93,7 +94,7 @@ def test_every_key_has_a_comment_in_its_file(path):
         ("recipe=dop", "recipe=dop: no such recipe; did you mean dpo?"),
         (
             "judge=null",
-            "judge=null: judge is a group and wants a name; type judge=NAME (none, rubric)",
+            "judge=null: judge is a group and wants a name; type judge=NAME (jury, ",
         ),
         ("model=hf", "model.name has no value; type model.name=VALUE"),
         ("data=preferences", "data=preferences: no file to read; type data.path=FILE"),

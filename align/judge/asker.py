@@ -25,7 +25,7 @@ from align.judge.prices import Price, find_price, nano
 from align.judge.prompts import Template, one_message
 from align.judge.schedule import Breaker, Pace, full_jitter
 from align.judge.settings import Openai
-from align.judge.verdicts import Answer, Question
+from align.judge.verdicts import GRAVEST, Answer, Question
 
 BUSY_S = 0.2  # between two looks at what another process is asking
 HOPELESS = 20  # requests refused for what they hold, without one that was not: the set-up is wrong
@@ -82,6 +82,24 @@ class Request:
         """Nano-dollars if every byte were a token and the answer as long as allowed."""
         read = sum(len(m["content"].encode()) + 16 for m in self.body["messages"])
         return price.cost(prompt=read, completion=max_tokens)
+
+
+def sound(judgment: Judgment, form: Form) -> Reading | None:
+    """The reading that a judgment holds, None where it fits no answer of the form."""
+    try:
+        reading = Reading.from_json(judgment.answer)
+    except TypeError:
+        return None
+    if reading.status != answers.OK:
+        return reading if reading.status in (*GRAVEST, MALFORMED) else None
+    labels = set(form.labels)
+    ranked = sorted(reading.ranking) == sorted(labels)
+    fits = ranked if form.kind == "listwise" else reading.label in labels
+    named = set(reading.criteria) >= set(form.criteria) and set(reading.criteria.values()) <= labels
+    likely = set(reading.probabilities) <= labels and all(
+        isinstance(p, int | float) and 0 <= p <= 1 for p in reading.probabilities.values()
+    )
+    return reading if fits and named and likely else None
 
 
 def request(question: Question, *, settings: Openai, able: Capability, limit: int) -> Request:
@@ -164,9 +182,15 @@ class Asker:
             return None
         if judgment.parser != PARSER:
             judgment = await self.read_again(wanted, judgment)
-        return Answer(
-            reading=Reading.from_json(judgment.answer), tokens=judgment.tokens, cost=judgment.cost
-        )
+        reading = sound(judgment, wanted.form)
+        if reading is None:
+            raise JudgeError(
+                f"judge.ledger={self.ledger.path}: holds a judgment that no answer of this form "
+                "can "
+                "have led to, so somebody else wrote into it; name another file with "
+                "judge.ledger=FILE"
+            )
+        return Answer(reading=reading, tokens=judgment.tokens, cost=judgment.cost)
 
     async def read_stored(self, wanted: Request) -> Judgment | None:
         """The judgment of an answer that a batch brought and that nobody has read yet."""
@@ -234,8 +258,8 @@ class Asker:
                 return tried
 
     async def once(self, wanted: Request) -> "Attempt | None":
-        """One attempt, from the wait for its turn to its entry in the ledger; None where the request
-        belongs to another process, or has been answered by it.
+        """One attempt, from the wait for its turn to its entry in the ledger; None where another
+        process asks the request, or has its answer.
         """
         async with self.slots:
             await self.turn(wanted)
@@ -308,14 +332,16 @@ class Asker:
         key = "budget_usd" if outcome == "budget" else "max_requests"
         value = getattr(self.settings, key)
         what = (
-            f"the next request could pass the {value:g} dollars that judge {self.settings.judge} may "
+            f"the next request could pass the {value:g} dollars that judge {self.settings.judge} "
+            "may "
             "cost over the life of the ledger"
             if outcome == "budget"
             else f"judge {self.settings.judge} has had its {value} requests"
         )
         return JudgeError(
             f"judge.{key}={value}: {what}; nothing is lost, raise judge.{key} and type the same "
-            f"command (python -m align.judge status ledger={self.settings.ledger} tells what was spent)"
+            f"command (python -m align.judge status ledger={self.settings.ledger} tells what was "
+            "spent)"
         )
 
     def batched(self) -> JudgeError:
@@ -417,7 +443,8 @@ class Asker:
         if not self.good and self.rejected >= HOPELESS:
             raise self.halt(
                 JudgeError(
-                    f"judge.base_url={self.endpoint.url}: refused the first {self.rejected} requests "
+                    f"judge.base_url={self.endpoint.url}: refused the first {self.rejected} "
+                    "requests "
                     f"({reply.why}); check judge.model and judge.answer"
                 )
             )

@@ -225,8 +225,11 @@ class Endpoint:
                 "and judge.base_url (it usually ends in /v1)"
             )  # fmt: skip
         if "insufficient_quota" in (code, str(error.type)) or status == 402:
-            return reply(STOP, f"{self.url}: the account's quota is used up ({why}); nothing is lost, "
-                         "top it up and type the same command")  # fmt: skip
+            return reply(
+                STOP,
+                f"{self.url}: the account's quota is used up ({why}); nothing is lost, top it up and "
+                "type the same command",
+            )
         if status == 429:
             return reply(LIMITED)
         if status in (408, 409, 425) or status >= 500:

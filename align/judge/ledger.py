@@ -205,7 +205,7 @@ class Ledger:
     def close(self) -> None:
         """Waits until everything is on disk. What this process leaves open was cut off."""
         if self.broken is None:
-            self._submit(lambda db: give_up(db, "owner = ?", self.owner.name))
+            self._enqueue(lambda db: give_up(db, "owner = ?", self.owner.name))
         self.operations.put(None)
         self.thread.join()
         self.reader.close()
@@ -220,10 +220,13 @@ class Ledger:
         ).fetchone()
         if row is None:
             return None
+        try:
+            answer = json.loads(row[1])
+        except ValueError as error:
+            raise unreadable(self.path, error) from error
         return Judgment(
-            status=row[0], answer=json.loads(row[1]), parser=row[2], tokens=row[3], cost=row[4],
-            attempt=row[5],
-        )  # fmt: skip
+            status=row[0], answer=answer, parser=row[2], tokens=row[3], cost=row[4], attempt=row[5]
+        )
 
     def raw(self, attempt: int) -> bytes:
         """The stored bytes of an attempt's answer."""
@@ -297,7 +300,8 @@ class Ledger:
         return self._submit(
             lambda db: (
                 db.execute(
-                    "INSERT INTO judge (identity, capability) VALUES (?, ?) ON CONFLICT (identity) DO "
+                    "INSERT INTO judge (identity, capability) VALUES (?, ?) ON CONFLICT "
+                    "(identity) DO "
                     "UPDATE SET capability = excluded.capability WHERE capability IS NULL",
                     (identity, json.dumps(capability, sort_keys=True)),
                 )
@@ -313,11 +317,14 @@ class Ledger:
         return self._submit(work)
 
     def _submit(self, work: Callable[[sqlite3.Connection], Any]) -> "asyncio.Future[Any]":
+        return asyncio.wrap_future(self._enqueue(work))
+
+    def _enqueue(self, work: Callable[[sqlite3.Connection], Any]) -> Future[Any]:
         if self.broken is not None:
             raise unreadable(self.path, self.broken)
         done: Future[Any] = Future()
         self.operations.put(Operation(work=work, done=done))
-        return asyncio.wrap_future(done)
+        return done
 
     def _write(self) -> None:
         connection = connect(self.path)
@@ -394,7 +401,7 @@ def file_of(connection: sqlite3.Connection) -> str:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection that waits for other processes and trusts nothing that the file's schema says."""
+    """A connection that waits for other processes, and trusts nothing in the file's schema."""
     try:
         connection = sqlite3.connect(
             path, isolation_level=None, timeout=60, check_same_thread=False
@@ -691,7 +698,8 @@ def look_at(
     )
     unanswered = counted(
         "SELECT 'unanswered', count(*) FROM request WHERE identity = ? AND key NOT IN "
-        "(SELECT key FROM judgment) AND key NOT IN (SELECT key FROM attempt WHERE finished IS NULL) "
+        "(SELECT key FROM judgment) AND key NOT IN (SELECT key FROM attempt WHERE finished IS "
+        "NULL) "
         "AND substr(key, 1, 6) != CAST('probe ' AS BLOB)"
     )
     return JudgeSeen(

@@ -186,12 +186,12 @@ class Tally:
 
     async def write(self) -> None:
         self.told = time.monotonic()
-        ledger = self.bench.asker.ledger
+        ledger, settings = self.bench.asker.ledger, self.bench.asker.settings
         await ledger.progress(
             Job(
                 id=ledger.owner.name,
-                title=f"{self.bench.asker.settings.kind}, {Path(self.bench.asker.settings.prompt).stem}",
-                identity=self.bench.asker.settings.judge,
+                title=f"{settings.kind}, {Path(settings.prompt).stem}",
+                identity=settings.judge,
                 total=max(self.total, self.done),
                 done=self.done,
                 failed=self.failed,
@@ -205,8 +205,8 @@ class Interrupted(JudgeError):
 
 @contextlib.contextmanager
 def draining(asker: Asker) -> Iterator[None]:
-    """Ctrl-C stops asking and waits for what is under way, which is paid for; a second one leaves at
-    once.
+    """Ctrl-C stops asking and waits for what is under way, which is paid for; a second one leaves
+    at once.
     """
     loop = asyncio.get_running_loop()
 

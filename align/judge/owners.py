@@ -1,4 +1,4 @@
-"""Who writes a ledger: processes of one host, each known to be alive by a lock that dies with it."""
+"""Who writes a ledger: processes of one host, each alive as long as a lock of its own is held."""
 
 import contextlib
 import fcntl
@@ -67,8 +67,10 @@ def refuse_network_disk(path: Path) -> None:
     kind = file_system(path.parent.resolve())
     if kind.lower() in NETWORK:
         raise JudgeError(
-            f"judge.ledger={path}: lies on a network disk ({kind}), where SQLite loses writes; name "
-            "a file on this machine's own disk, judge.ledger=/var/tmp/judgments.sqlite for instance, "
+            f"judge.ledger={path}: lies on a network disk ({kind}), where SQLite loses writes; "
+            "name "
+            "a file on this machine's own disk, judge.ledger=/var/tmp/judgments.sqlite for "
+            "instance, "
             "and copy it away when the work is done"
         )
 
@@ -91,8 +93,10 @@ def claim_host(db: sqlite3.Connection, path: Path, *, inside: bool = False) -> N
         ago = time.time() - float(writer["seen"])
         if writer["host"] != host and ago < STALE_S:
             raise JudgeError(
-                f"judge.ledger={path}: host {writer['host']} writes it (last sign of life {ago:.0f} s "
-                "ago), and only one host can; run there, or name another file with judge.ledger=FILE"
+                f"judge.ledger={path}: host {writer['host']} writes it (last sign of life "
+                f"{ago:.0f} s "
+                "ago), and only one host can; run there, or name another file with "
+                "judge.ledger=FILE"
             )
         now = json.dumps({"host": host, "seen": time.time()})
         db.execute("INSERT OR REPLACE INTO about VALUES ('writer', ?)", (now,))
@@ -117,8 +121,8 @@ class Owner:
         return cls(ledger, name, file)
 
     def lives(self, name: str) -> bool:
-        """Whether the process of that name still runs, this one included. A provider's batch outlives
-        all of them.
+        """Whether the process of that name still runs, this one included. A provider's batch
+        outlives all of them.
         """
         if name == self.name or name.startswith(BATCH):
             return True

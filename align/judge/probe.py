@@ -6,6 +6,7 @@ tried first, so that an endpoint that can do everything is asked once.
 """
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
@@ -13,6 +14,7 @@ from align.errors import JudgeError
 from align.judge import endpoint
 from align.judge.answers import OK, Reading
 from align.judge.asker import Asker, Attempt, Capability, request
+from align.judge.forms import Form
 from align.judge.settings import Openai
 from align.judge.verdicts import Group, Question, questions
 from align.records import Comparison, Message, Prompt
@@ -49,17 +51,20 @@ async def probe(asker: Asker) -> Capability:
     best = Capability.assumed(asker.settings)
     question = questions(Group(comparisons=(EXAMPLE,)), settings=asker.settings)[0]
     modes = question.form.modes() if asker.settings.answer == "auto" else (best.mode,)
-    if works(await tried(asker, question, replace(best, mode=modes[0])), logprobs=best.logprobs):
-        return replace(best, mode=modes[0])
+    best = replace(best, mode=modes[0])
+    if works(await tried(asker, question, best), best, question.form):
+        return best
     plain = await plainest(asker, question)
     able = plain
     for mode in modes:
-        if works(await tried(asker, question, replace(plain, mode=mode)), logprobs=False):
-            able = replace(plain, mode=mode)
+        if works(
+            await tried(asker, question, way := replace(plain, mode=mode)), way, question.form
+        ):
+            able = way
             break
     if best.logprobs:
         more = replace(able, logprobs=True)
-        if works(await tried(asker, question, more), logprobs=True):
+        if works(await tried(asker, question, more), more, question.form):
             able = more
     return able
 
@@ -73,7 +78,8 @@ async def plainest(asker: Asker, question: Question) -> Capability:
             return able
         refusal = attempt.reply.why
     raise JudgeError(
-        f"judge.base_url={asker.endpoint.url}: refuses even the plainest question ({refusal}); if the "
+        f"judge.base_url={asker.endpoint.url}: refuses even the plainest question ({refusal}); if "
+        "the "
         "model takes no system message, type judge.system_role=false"
     )
 
@@ -104,9 +110,25 @@ async def tried(asker: Asker, question: Question, able: Capability) -> Attempt:
     )
 
 
-def works(attempt: Attempt, *, logprobs: bool) -> bool:
-    """The answer was readable, and came with probabilities where they were wanted."""
+def works(attempt: Attempt, able: Capability, form: Form) -> bool:
+    """The answer was readable, held to its mode, and came with probabilities where they were
+    wanted.
+    """
     if attempt.reply.kind != endpoint.ANSWERED or attempt.judgment is None:
         return False
     reading = Reading.from_json(attempt.judgment.answer)
-    return reading.status == OK and (not logprobs or bool(reading.probabilities))
+    if reading.status != OK or (able.logprobs and not reading.probabilities):
+        return False
+    return held(attempt.reply.body["choices"][0]["message"]["content"], able.mode, form)
+
+
+def held(content: str, mode: str, form: Form) -> bool:
+    """Whether the endpoint kept the model to the mode, rather than took no notice of it."""
+    if mode == "choice":
+        return content.strip() in form.labels
+    if mode != "json_schema":
+        return True
+    try:
+        return isinstance(json.loads(content), dict)
+    except ValueError:
+        return False

@@ -40,7 +40,7 @@ class Rubric:
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """What judges that read a prompt share: how it is put to them and what becomes of the answer."""
+    """What judges that read a prompt share: how they are asked, what becomes of the answer."""
 
     name: str
     module: str | None
@@ -135,7 +135,8 @@ class Openai(Asking):
         check_range("judge.samples", self.samples, low=1, high=100)
         if self.samples > 1 and self.temperature == 0:
             raise ConfigError(
-                f"judge.samples={self.samples} with judge.temperature=0.0: every sample would be the "
+                f"judge.samples={self.samples} with judge.temperature=0.0: every sample would be "
+                "the "
                 "same; type judge.temperature=0.7"
             )
         if self.temperature is not None:

@@ -74,7 +74,8 @@ class Agreeing:
         check_range("resamples", self.resamples, low=100)
         if (self.judge is None) == (self.labels.path is None):
             raise ConfigError(
-                "a judge is asked, or its labels are read from a file, one of both; type judge=NAME, "
+                "a judge is asked, or its labels are read from a file, one of both; type "
+                "judge=NAME, "
                 "or labels.path=FILE labels.column=NAME"
             )
         if self.labels.path is not None and self.labels.column is None:

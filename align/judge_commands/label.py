@@ -126,7 +126,8 @@ def closing(settings: Labelling, done: Done) -> str:
     refused = done.made["candidates"].manifest["counts"]["refused"]
     without = {s: counts[s] for s in STATUSES if s not in (OK, TIE) and counts[s]}
     lines = [
-        f"{counts['preferences']:,} preferences from {counts['comparisons']:,} comparisons: {settings.out}"
+        f"{counts['preferences']:,} preferences from {counts['comparisons']:,} comparisons: "
+        f"{settings.out}"
     ]
     if refused:
         folder = shortest(done.made["candidates"].path)
@@ -159,16 +160,15 @@ def dry_run(settings: Labelling, values: dict[str, Any], command: str) -> str:
     found = estimate(asked(stage, rows), settings=settings.judge)
     if not found.comparisons:
         raise JudgeError(f"{settings.candidates}: no prompt has two different answers to compare")
-    worst = f"at worst ${usd(found.worst):,.2f}"
-    return "\n".join(
-        [
-            f"{found.comparisons:,} comparisons, {found.requests:,} requests; {found.known:,} of them are answered in the ledger already",
-            f"about {found.tokens_in:,} tokens to read and {found.tokens_out:,} to write",
-            f"about ${usd(found.cost):,.2f} ({worst}) at ${found.price.read:g} and ${found.price.written:g} per million tokens",
-            f"about {told_time(found.seconds)} at {found.latency:.1f} s a request ({found.basis}) and {settings.judge.concurrency} at a time",
-            "nothing was sent",
-        ]
-    )
+    price, judge = found.price, settings.judge
+    return f"""\
+{found.comparisons:,} comparisons, {found.requests:,} requests ({found.known:,} answered already)
+about {found.tokens_in:,} tokens to read and {found.tokens_out:,} to write
+about ${usd(found.cost):,.2f}, at worst ${usd(found.worst):,.2f} \
+(${price.read:g} and ${price.written:g} per million tokens)
+about {told_time(found.seconds)}, at {found.latency:.1f} s a request ({found.basis}) \
+and {judge.concurrency} at a time
+nothing was sent"""
 
 
 def told_time(seconds: float) -> str:

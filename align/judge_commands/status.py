@@ -1,4 +1,4 @@
-"""`python -m align.judge status ledger=FILE`: progress, spending and failures, from the ledger alone."""
+"""`python -m align.judge status ledger=FILE`: progress, spending and failures, by the ledger."""
 
 import time
 from dataclasses import dataclass
@@ -59,7 +59,8 @@ def parse(words: list[str]) -> Settings:
         ledger = value
     if not Path(ledger).is_file():
         raise ConfigError(
-            f"ledger={ledger}: no such file; type ledger=FILE, by default WORKSPACE/judgments.sqlite"
+            f"ledger={ledger}: no such file; type ledger=FILE, by default "
+            "WORKSPACE/judgments.sqlite"
         )
     return Settings(ledger=Path(ledger))
 
@@ -77,14 +78,16 @@ def told(judge: JudgeSeen) -> str:
     ]
     if judge.uncertain:
         lines.append(
-            f"  possibly billed  ${usd(judge.uncertain):,.4f} at worst, for {judge.unsure:,} attempts "
+            f"  possibly billed  ${usd(judge.uncertain):,.4f} at worst, for {judge.unsure:,} "
+            "attempts "
             "that were cut off or broke"
         )
     if judge.reserved:
         lines.append(f"  under way        ${usd(judge.reserved):,.4f} at worst")
     if judge.unanswered:
         lines.append(
-            f"  without answer   {judge.unanswered:,} requests; the command that asked them asks again"
+            f"  without answer   {judge.unanswered:,} requests; the command that asked them asks "
+            "again"
         )
     return "\n".join(lines)
 

@@ -88,7 +88,8 @@ class InOrder:
         if not any(is_of(verdict, comparison) for comparison in self.asked):
             raise JudgeError(
                 f"judge={self.judge.name}: gave a verdict on prompt {verdict.id} (answers "
-                f"{verdict.first} and {verdict.second}) that was not asked for, or came after a later "
+                f"{verdict.first} and {verdict.second}) that was not asked for, or came after a "
+                "later "
                 "one; compare() must yield verdicts in the order of its comparisons, with their ids"
             )
 

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,8 @@ from align.plan import shape
 from align.records import Comparison, Verdict
 from align.stages.against_people import measure
 from align.stages.judged_pairs import JudgedPair
+from tests.judge.asking import judge_all, longer, openai_settings, pairs
+from tests.judge.fake_server import FakeServer
 from tests.judge.test_scripted import comparison, judged, scripted
 from tests.test_config import composed
 
@@ -300,3 +302,43 @@ def test_a_swap_mirrors_the_jury():
     one: Comparison = comparison()
     verdict, mirrored = ask(settings, [one, one.swap()])
     assert verdict.p_first == pytest.approx(1 - mirrored.p_first)
+
+
+def test_two_endpoints_and_a_script_judge_side_by_side(tmp_path):
+    """One ledger, in which each member has its own account, so that nothing is asked twice."""
+    many = pairs(60)
+    with FakeServer(tmp_path, latency=0.05) as slow, FakeServer(tmp_path) as quick:
+        members = {
+            "slow": replace(openai_settings(tmp_path, slow.url), identity="slow"),
+            "quick": replace(openai_settings(tmp_path, quick.url), identity="quick"),
+            "script": scripted("longest"),
+        }
+        verdicts = ask(jury(members), many)
+        first = [server.stats()["received"] for server in (slow, quick)]
+        again = ask(jury(members), many)
+        assert [server.stats()["received"] for server in (slow, quick)] == first, "nothing twice"
+    assert [v.p_first > 0.5 for v in verdicts] == [bool(longer(pair)) for pair in many]
+    assert [v.id for v in verdicts] == [pair.prompt.id for pair in many]
+    assert all(v.cost > 0 and v.tokens > 0 for v in verdicts) and again == verdicts
+
+
+def test_a_refused_key_ends_the_whole_jury_in_one_line(tmp_path):
+    with FakeServer(tmp_path, faults={"401": 1.0}) as closed, FakeServer(tmp_path) as open_:
+        members = {
+            "a": replace(openai_settings(tmp_path, closed.url), identity="a"),
+            "b": replace(openai_settings(tmp_path, open_.url), identity="b"),
+        }
+        with pytest.raises(JudgeError, match=r"\A[^\n]*\Z"):
+            ask(jury(members), pairs(60))
+
+
+def test_an_endpoint_escalates_to_a_jury(tmp_path):
+    """A judge of places disagrees with itself on every pair, so the jury has the word."""
+    with FakeServer(tmp_path, answer="first") as server:
+        settings = openai_settings(tmp_path, server.url)
+        escalate = jury({"a": LONG, "b": scripted("longest", cost_usd=1.0)})
+        settings = replace(settings, on_disagreement="escalate", escalate=escalate)
+        many = pairs(6)
+        verdicts = judge_all(many, settings)
+    assert [v.p_first for v in verdicts] == [longer(pair) for pair in many]
+    assert {v.judge for v in verdicts} == {"jury(a,b)"} and all(v.cost > 1.0 for v in verdicts)
