@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from align.errors import JudgeError
-from align.judge.owners import BATCH, Owner, claim_host, refuse_network_disk
+from align.judge.owners import BATCH, Owner, alone, claim_host, refuse_network_disk
 
 APPLICATION = 0x616C676E  # "algn": marks the file as ours
 SCHEMA = 1
@@ -160,8 +160,10 @@ class Caps:
 class Ledger:
     """One process's hold on the file. Example: `with Ledger.open(path) as ledger: …`"""
 
-    def __init__(self, path: Path, reader: sqlite3.Connection, owner: Owner) -> None:
-        self.path, self.reader, self.owner = path, reader, owner
+    def __init__(
+        self, path: Path, reader: sqlite3.Connection, writer: sqlite3.Connection, owner: Owner
+    ) -> None:
+        self.path, self.reader, self.writer, self.owner = path, reader, writer, owner
         self.operations: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._write, name="ledger", daemon=True)
         self.broken: BaseException | None = None
@@ -177,17 +179,19 @@ class Ledger:
         path = path.absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         refuse_network_disk(path)
-        connection = connect(path)
-        try:
-            prepare(connection, path)
-            claim_host(connection, path)
-            owner = Owner.new(path)
-            with transaction(connection):
-                close_what_died(connection, owner)
-        except sqlite3.DatabaseError as error:
-            connection.close()
-            raise unreadable(path, error) from error
-        ledger = cls(path, connection, owner)
+        with alone(path):
+            reader, writer = connect(path), connect(path)
+            try:
+                prepare(reader, path)
+                claim_host(reader, path)
+                owner = Owner.new(path)
+                with transaction(reader):
+                    close_what_died(reader, owner)
+            except (sqlite3.DatabaseError, JudgeError) as error:
+                reader.close()
+                writer.close()
+                raise error if isinstance(error, JudgeError) else unreadable(path, error) from error
+        ledger = cls(path, reader, writer, owner)
         ledger.thread.start()
         return ledger
 
@@ -208,7 +212,9 @@ class Ledger:
             self._enqueue(lambda db: give_up(db, "owner = ?", self.owner.name))
         self.operations.put(None)
         self.thread.join()
-        self.reader.close()
+        with alone(self.path):
+            self.reader.close()
+            self.writer.close()
         self.owner.release()
 
     # What is read, in the calling thread.
@@ -327,19 +333,16 @@ class Ledger:
         return done
 
     def _write(self) -> None:
-        connection = connect(self.path)
         beat = time.monotonic()
         try:
             while (group := self._group()) is not None:
                 if time.monotonic() - beat > HEARTBEAT_S:
                     beat = time.monotonic()
                     group.append(Operation(work=claim_again(self.path), done=Future()))
-                perform(connection, group)
+                perform(self.writer, group)
         except BaseException as error:  # handed to whoever waits, here and from now on
             self.broken = error
             self._fail(error)
-        finally:
-            connection.close()
 
     def _group(self) -> "list[Operation] | None":
         """What has come since the last commit; waits for the first."""
@@ -657,7 +660,8 @@ def look(path: Path) -> Seen:
     Raises:
         JudgeError: it is no ledger of ours.
     """
-    db = connect(path)
+    with alone(path):
+        db = connect(path)
     try:
         prepare(db, path)
         jobs = db.execute(
@@ -675,7 +679,8 @@ def look(path: Path) -> Seen:
     except sqlite3.DatabaseError as error:
         raise unreadable(path, error) from error
     finally:
-        db.close()
+        with alone(path):
+            db.close()
 
 
 def look_at(

@@ -8,6 +8,7 @@ import secrets
 import socket
 import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -103,6 +104,16 @@ def claim_host(db: sqlite3.Connection, path: Path, *, inside: bool = False) -> N
     finally:
         if not inside:
             db.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def alone(ledger: Path) -> Iterator[None]:
+    """One process at a time: for opening and closing, where SQLite switches to its write-ahead log
+    and back without waiting for others.
+    """
+    with ledger.with_name(f"{ledger.name}-lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class Owner:

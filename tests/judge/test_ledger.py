@@ -138,6 +138,23 @@ def test_a_request_that_a_living_process_asks_is_left_to_it(path):
         assert asyncio.run(begin(ledger)).outcome == "go"
 
 
+OPENS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.judge.test_ledger import Ledger
+for number in range(40):
+    Ledger.open(Path({folder!r}) / str(number)).close()
+"""
+
+
+def test_processes_that_begin_at_the_same_moment_do_not_lock_each_other_out(tmp_path):
+    """SQLite's switch to the write-ahead log does not wait for others."""
+    code = OPENS.format(root=ROOT, folder=str(tmp_path))
+    begun = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [process.wait(60) for process in begun] == [0, 0, 0]
+
+
 def test_a_forked_name_of_an_owner_is_only_a_name(tmp_path):
     owner = Owner.new(tmp_path / "l")
     assert owner.lives(owner.name)
