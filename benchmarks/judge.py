@@ -7,6 +7,8 @@ hour; a busy machine makes the ratios worse and nothing else.
 
 import argparse
 import asyncio
+import contextlib
+import io
 import math
 import os
 import platform
@@ -62,9 +64,10 @@ class Size:
 
 
 def timed(work: Coroutine[Any, Any, Any]) -> tuple[float, float]:
-    """Wall and processor seconds of this process."""
+    """Wall and processor seconds of this process, which says nothing meanwhile."""
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
-    asyncio.run(work)
+    with contextlib.redirect_stderr(io.StringIO()):
+        asyncio.run(work)
     wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -80,7 +83,7 @@ def overhead(size: Size) -> Iterator[Row]:
         with PaidServer(size.folder, keep_log=False, latency=latency) as server:
             cold, warm = (size.folder / f"{name}-{concurrency}.sqlite" for name in ("cold", "warm"))
             settings = labelling.judge_settings(server, warm, concurrency=concurrency)
-            asyncio.run(labelling.judged(labelling.comparisons(1, start=10**6), settings))
+            timed(labelling.judged(labelling.comparisons(1, start=10**6), settings))
             wall, cpu = timed(labelling.judged(labelling.comparisons(pairs), settings))
             mark = {"mark": "≤ 1.10", "met": wall <= 1.10 * floor} if concurrency == 64 else {}
             told = f"{wall / floor:.3f} ({wall:.2f} s for {2 * pairs:,} requests of {floor:.0f} s"
@@ -128,13 +131,13 @@ async def bare(url: str, bodies: list[dict[str, Any]], concurrency: int) -> None
         await asyncio.gather(*(worker() for _ in range(concurrency)))
 
 
-def rendered(pairs: list[Any], settings: Any, ledger: Path) -> list[dict[str, Any]]:
+async def rendered(pairs: list[Any], settings: Any) -> list[dict[str, Any]]:
     """The bodies that the judge sends for the pairs."""
     from align.judge.asker import Capability, request
     from align.judge.ledger import Ledger
     from align.judge.verdicts import groups, questions
 
-    with Ledger.open(ledger) as opened:
+    with Ledger.open(Path(settings.ledger)) as opened:
         able = Capability(**(opened.capability(settings.judge) or {}))
     return [
         dict(request(question, settings=settings, able=able, limit=settings.max_chars).body)
@@ -149,8 +152,8 @@ def rate(size: Size) -> Iterator[Row]:
         for concurrency in (64, 16, 256):
             ledger = size.folder / f"rate-{concurrency}.sqlite"
             settings = labelling.judge_settings(server, ledger, concurrency=concurrency)
-            asyncio.run(labelling.judged(labelling.comparisons(1, start=10**6), settings))
-            bodies = rendered(pairs, settings, ledger)
+            timed(labelling.judged(labelling.comparisons(1, start=10**6), settings))
+            bodies = asyncio.run(rendered(pairs, settings))
             rounds = [
                 one_round(server, pairs, bodies, ledger, concurrency=concurrency, number=number)
                 for number in range(size.pick(7, 3))
@@ -167,7 +170,7 @@ def one_round(
     """
     fresh = ledger.with_name(f"{ledger.stem}-{number}.sqlite")
     settings = labelling.judge_settings(server, fresh, concurrency=concurrency)
-    asyncio.run(labelling.judged(labelling.comparisons(1, start=10**6), settings))
+    timed(labelling.judged(labelling.comparisons(1, start=10**6), settings))
     server.reset()
     works: list[Callable[[], Coroutine[Any, Any, Any]]] = [
         lambda: bare(server.url, bodies, concurrency),
@@ -182,7 +185,9 @@ def one_round(
 
 def rate_row(rounds: list[tuple[float, ...]], requests: int, *, concurrency: int) -> Row:
     ratio = statistics.median(theirs / ours for theirs, _, ours, _ in rounds)
-    theirs, their_cpu, ours, our_cpu = (statistics.median(column) for column in zip(*rounds))
+    theirs, their_cpu, ours, our_cpu = (
+        statistics.median(column) for column in zip(*rounds, strict=True)
+    )
     mark = {"mark": "≥ 0.8", "met": ratio >= 0.8} if concurrency == 64 else {}
     return Row(
         what=f"request rate over that of a bare loop, c={concurrency}",
@@ -324,11 +329,12 @@ def faults(size: Size) -> Iterator[Row]:
             stats, found, verdicts = server.stats(), work.books(), work.verdicts()
         wrong = labelling.wrong_labels(candidates, verdicts)
         told = labelling.statuses(verdicts)
+        rows = f"{len(verdicts)} of {pairs} rows have a status"
         if ends:
             met, share = sum(stats["faults"].values()), stats["received"]
             yield Row(
                 what=f"30% of answers faulty ({met:,} of {share:,})",
-                measured=f"{len(wrong)} labels wrong, {len(verdicts)} of {pairs} rows with a status: "
+                measured=f"{len(wrong)} labels wrong, {rows}: "
                 + ", ".join(f"{n} {status}" for status, n in told.most_common()),
                 mark="0 wrong, all rows",
                 met=not wrong and len(verdicts) == pairs and set(told) <= set(STATUSES),
@@ -336,8 +342,8 @@ def faults(size: Size) -> Iterator[Row]:
         charged, counted = int(stats.get("charged", 0)), found.spent + found.uncertain
         yield Row(
             what=f"… spending under budget_usd={cap:g}" + ("" if ends else ", which stops the run"),
-            measured=f"${charged / 1e9:.4f} by the server's usage, ${counted / 1e9:.4f} by the ledger "
-            "with its worst cases",
+            measured=f"${charged / 1e9:.4f} by the server's usage, "
+            f"${counted / 1e9:.4f} by the ledger with its worst cases",
             mark=f"≤ ${cap:g}",
             met=not wrong and charged <= counted <= cap * 1e9,
         )
@@ -382,7 +388,7 @@ def machine() -> str:
 
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} × {model}, Python "
-        f"{platform.python_version()}, openai {openai.__version__}; the server runs on the same cores"
+        f"{platform.python_version()}, openai {openai.__version__}, server on the same cores"
     )
 
 

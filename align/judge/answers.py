@@ -4,23 +4,20 @@ A better parser raises `PARSER`: answers that are in the ledger are then read ag
 """
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.judge.forms import LISTWISE, Form
+from align.judge.forms import LISTWISE, SCALAR, Form
+from align.judge.spoken import Found, after_thinking, lone, ranked, tagged, value_of
+from align.judge.token_logprobs import probabilities
+from align.unseen import NARROW
 
 PARSER = 1
 OK, REFUSAL, MALFORMED = "ok", "refusal", "malformed"
-# What a judge may put around a label that stands alone: [[A]], **A**, (a), "Output (b)", Response A.
-ALONE = re.compile(
-    r"\W*(?:(?:the\s+)?(?:better\s+|best\s+)?(?:output|response|answer|assistant|verdict|score|option)"
-    r"(?:\s+is)?\W*)?(?P<label>[\w]+)\W*",
-    re.IGNORECASE,
-)
-LONGEST_ALONE = 60
+LONGEST = 100_000  # characters behind the thinking; what is longer is no verdict
+MOST_OBJECTS = 100
 MOST_TOKENS = 1 << 40  # what says more is no count
 
 
@@ -33,7 +30,8 @@ class Reading:
         label: the verdict or the score, as one of the form's labels.
         ranking: the labels from best to worst, of a listwise answer.
         probabilities: of each label at the place of the verdict, renormalised, where the endpoint
-            gave log-probabilities.
+            gave log-probabilities. They count even where another label than the likeliest was
+            written: that one was drawn, they are what it was drawn from.
         criteria: name to label.
         why: what was wrong, for people.
     """
@@ -85,179 +83,125 @@ def usage(body: Mapping[str, Any]) -> Usage | None:
 
 
 def read(body: Mapping[str, Any], form: Form) -> Reading:
-    """The reading of one chat completion (as `completion` gave it)."""
+    """The reading of one chat completion (as `completion` gave it).
+
+    Whatever looks like an answer must agree: two that differ are malformed, for nothing tells which
+    one is the judge's own and which one it quotes.
+    """
     choice = body["choices"][0]
-    message = choice["message"]
-    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+    message, ending = choice["message"], choice.get("finish_reason")
+    if message.get("refusal") or ending == "content_filter":
         return Reading(status=REFUSAL, why=str(message.get("refusal") or "content filter")[:200])
     content = message.get("content")
     if not isinstance(content, str) or not content.strip():
         return Reading(status=MALFORMED, why="no content")
-    found = list(given(content, form))
-    said = {value for value, _ in found}
-    if not said:
-        ending = choice.get("finish_reason")
-        why = "cut off at max_tokens" if ending == "length" else f"no {form.key}"
+    start = after_thinking(content)
+    if start is None or len(content) - start > LONGEST:
+        why = "no end of its thinking" if start is None else f"{len(content) - start} characters"
         return Reading(status=MALFORMED, why=f"{why} in {content[:100]!r}")
-    if len(said) > 1:
-        return Reading(status=MALFORMED, why=f"several answers: {sorted(map(str, said))[:5]}")
-    value, place = found[-1]
+    narrow = content[start:].translate(NARROW)
+    found = list(given(narrow, form, cut=ending == "length"))
+    said = {each.value for each in found}
+    if len(said) != 1:
+        none = "cut off at max_tokens" if ending == "length" else f"no {form.key}"
+        why = f"several answers: {sorted(map(str, said))[:5]}" if said else none
+        return Reading(status=MALFORMED, why=f"{why} in {content[start:][:100]!r}")
+    answer = found[-1]
     if form.kind == LISTWISE:
-        return Reading(status=OK, ranking=tuple(value))
-    criteria = {name: labelled for name in form.criteria
-                if (labelled := criterion(content, name, form)) is not None}  # fmt: skip
-    missing = [name for name in form.criteria if name not in criteria]
-    if missing:
+        return Reading(status=OK, ranking=tuple(answer.value))
+    criteria = {name: criterion(narrow, name, form) for name in form.criteria}
+    if missing := [name for name, value in criteria.items() if value is None]:
         return Reading(status=MALFORMED, why=f"no {missing[0]}")
     return Reading(
         status=OK,
-        label=value,
-        criteria=criteria,
-        probabilities=probabilities(choice.get("logprobs"), content, place, form.labels),
-    )
+        label=answer.value,
+        criteria={name: value for name, value in criteria.items() if value is not None},
+        probabilities={}
+        if answer.place is None
+        else probabilities(
+            choice.get("logprobs"), content, start + answer.place,
+            labels=form.labels, said=answer.value,
+        ),
+    )  # fmt: skip
 
 
-def given(content: str, form: Form) -> Iterator[tuple[Any, int]]:
-    """(value, offset of its first character) of every answer in the content: on tagged lines and in
-    JSON objects; without any, the content as a whole.
+def given(text: str, form: Form, *, cut: bool) -> Iterator[Found]:
+    """Every answer in the text: in JSON objects, on tagged lines, and as a last line of its own.
+
+    Args:
+        cut: the text broke off: what stands at its very end may have been meant to go on.
     """
-    found = [*tagged(content, form.key, form), *in_objects(content, form.key, form)]
-    if found:
-        yield from found
-        return
+    objects = list(in_objects(text, form.key, form))
+    lines = finished(text, form) if cut else text
+    named = [*objects, *tagged(lines, form.key, form)]
+    yield from named
     if form.kind == LISTWISE:
-        if (order := ranking(re.findall(r"\w+", content), form.labels)) is not None:
-            yield order, 0
-    elif len(content) <= LONGEST_ALONE and (match := ALONE.fullmatch(content.strip())):
-        value = label(match["label"], form.labels)
-        if value is not None:
-            yield value, content.index(match["label"])
+        if not named and (order := ranked(lines, form.labels)) is not None:
+            yield Found(value=order)
+    elif not objects:
+        yield from lone(lines, form, alone=not named)
 
 
-def in_objects(content: str, key: str, form: Form) -> Iterator[tuple[Any, int]]:
-    """From the JSON objects in the content that have the key and a value that fits."""
-    decoder, start = json.JSONDecoder(), 0
-    for _ in range(20):
-        start = content.find("{", start)
+def finished(text: str, form: Form) -> str:
+    """A text that broke off, without the line in which it did; all of it where that is a label that
+    begins no other one, for instance the one token that was asked for.
+    """
+    short = text.strip().lower()
+    begun = [label for label in form.labels if short and label.lower().startswith(short)]
+    if form.kind not in (LISTWISE, SCALAR) and [label.lower() for label in begun] == [short]:
+        return text
+    return text[: text.rfind("\n") + 1]
+
+
+def in_objects(text: str, key: str, form: Form) -> Iterator[Found]:
+    """From the JSON objects in the text that have the key and a value that fits."""
+    decoder, start = json.JSONDecoder(object_pairs_hook=unambiguous), 0
+    for _ in range(MOST_OBJECTS):
+        start = text.find("{", start)
         if start < 0:
             return
         try:
-            value, end = decoder.raw_decode(content, start)
+            body, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
             start += 1
             continue
-        answer = fitting(value.get(key), form) if key in value else None
-        if answer is not None:
-            place = re.search(rf'"{re.escape(key)}"\s*:\s*"?', content[start:end])
-            yield answer, start + (place.end() if place else 0)
+        if key in body and (found := fitting(body[key], form)) is not None:
+            yield Found(value=found.value, place=written(text[start:end], key, body[key], found,
+                                                         offset=start))  # fmt: skip
         start = end
 
 
-def fitting(value: Any, form: Form) -> Any:
-    """A JSON value as one of the form's labels (or a ranking of all of them), else None."""
+def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; one that says a name twice says nothing."""
+    body = dict(pairs)
+    return body if len(body) == len(pairs) else {}
+
+
+def fitting(value: Any, form: Form) -> Found | None:
+    """A JSON value as one of the form's labels (or a ranking of all of them)."""
     if form.kind == LISTWISE:
-        return ranking(value, form.labels) if isinstance(value, list) else None
+        if isinstance(value, list):
+            value = "\n".join(v if isinstance(v, str) else "?" for v in value)
+        order = ranked(value, form.labels) if isinstance(value, str) else None
+        return None if order is None else Found(value=order)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
-    if isinstance(value, float):
-        value = int(value) if value.is_integer() else str(value)
-    return label(str(value), form.labels)
+    return value_of(str(value), form)
 
 
-def tagged(content: str, key: str, form: Form) -> Iterator[tuple[Any, int]]:
-    """From lines like "Verdict: A"."""
-    for match in re.finditer(rf"(?im)^\W*{re.escape(key)}\W*[:=]([^\n]*)$", content):
-        words = re.findall(r"\w+", match[1])
-        if form.kind == LISTWISE:
-            value: Any = ranking(words, form.labels)
-        else:
-            value = fitting_words(words, form.labels)
-        if value is not None:
-            first = value if isinstance(value, str) else value[0]
-            at = match[1].lower().find(first.lower())
-            yield value, match.start(1) + max(at, 0)
-
-
-def fitting_words(words: Sequence[str], labels: Sequence[str]) -> str | None:
-    """The one label among the words of a tagged line; "Response A" is A, "7/10" is 7."""
-    words = (
-        words[:1] if len(words) == 2 and words[1] == labels[-1] and words[0] in labels else words
-    )
-    known = {value for word in words if (value := label(word, labels)) is not None}
-    return known.pop() if len(known) == 1 and len(words) <= 3 else None
-
-
-def label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that the text is, whatever its case."""
-    return next((known for known in labels if known.lower() == text.strip().lower()), None)
-
-
-def ranking(values: Sequence[Any], labels: Sequence[str]) -> tuple[str, ...] | None:
-    """The labels in the order of the values; None unless each stands there once."""
-    found = [label(v, labels) for v in values if isinstance(v, str) and len(v) < 20]
-    order = tuple(v for v in found if v is not None)
-    return order if sorted(order) == sorted(labels) else None
-
-
-def criterion(content: str, name: str, form: Form) -> str | None:
-    """The answer to one criterion, where there is exactly one."""
-    found = {value for value, _ in in_objects(content, name, form)} or {
-        value for value, _ in tagged(content, name, form)
-    }
-    return found.pop() if len(found) == 1 else None
-
-
-def probabilities(
-    logprobs: Any, content: str, place: int, labels: Sequence[str]
-) -> dict[str, float]:
-    """Probability of each label at the token that covers `place`, renormalised over the labels.
-
-    Empty where the endpoint gave no log-probabilities, or none that match the text.
-    """
-    token = token_at(logprobs, content, place)
-    if token is None:
-        return {}
-    mass = dict.fromkeys(labels, 0.0)
-    alternatives = [*(token.get("top_logprobs") or []), token]
-    seen: set[str] = set()
-    for alternative in alternatives:
-        text, logprob = alternative.get("token"), alternative.get("logprob")
-        if not isinstance(text, str) or not isinstance(logprob, int | float) or text in seen:
-            continue
-        seen.add(text)
-        meant = beginning(text, labels)
-        if meant is not None and logprob == logprob:
-            mass[meant] += math.exp(min(float(logprob), 0.0))
-    total = sum(mass.values())
-    return {key: value / total for key, value in mass.items()} if total > 0 else {}
-
-
-def token_at(logprobs: Any, content: str, place: int) -> Mapping[str, Any] | None:
-    """The entry of the token that covers the character at `place`."""
-    entries = logprobs.get("content") if isinstance(logprobs, Mapping) else None
-    if not isinstance(entries, list):
+def written(text: str, key: str, value: Any, found: Found, *, offset: int) -> int | None:
+    """Where the label of an object's key stands, None where that is not sure."""
+    places = list(re.finditer(rf'"{re.escape(key)}"\s{{0,20}}:\s{{0,20}}"?', text))
+    if len(places) != 1 or found.place is None:
         return None
-    offset = 0
-    for entry in entries:
-        if not isinstance(entry, dict):
-            return None
-        token = entry.get("token")
-        if not isinstance(token, str) or not content.startswith(token, offset):
-            return None  # special tokens, or a tokenizer whose pieces do not spell the content
-        if offset <= place < offset + len(token):
-            return entry
-        offset += len(token)
-    return None
+    at = places[0].end()
+    return offset + at + found.place if text.startswith(str(value), at) else None
 
 
-def beginning(token: str, labels: Sequence[str]) -> str | None:
-    """The label that a token spells or begins: "A", " A" and '"A' are A, "t" begins tie."""
-    text = re.sub(r"\W", "", token)
-    exact = label(text, labels)
-    if exact is not None or not text:
-        return exact
-    begun = [known for known in labels if known.lower().startswith(text.lower())]
-    return begun[0] if len(begun) == 1 and not text.isdigit() else None
+def criterion(text: str, name: str, form: Form) -> str | None:
+    """The answer to one criterion, where there is exactly one."""
+    said = {each.value for each in (*in_objects(text, name, form), *tagged(text, name, form))}
+    return said.pop() if len(said) == 1 else None
 
 
 def score(reading: Reading) -> float:

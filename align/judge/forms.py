@@ -6,6 +6,7 @@ from typing import Any
 
 PAIRWISE, LISTWISE, SCALAR = "pairwise", "listwise", "scalar"
 KINDS = (PAIRWISE, LISTWISE, SCALAR)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # what responses are called, in the order shown
 # From the strictest to the loosest way of having an answer given.
 MODES = ("json_schema", "choice", "json", "line")
 SCALES: Mapping[str, tuple[str, ...]] = {
@@ -83,8 +84,8 @@ def pairwise(*, scale: str, criteria: tuple[str, ...] = (), reason: bool = False
 
 
 def listwise(count: int, *, reason: bool = False) -> Form:
-    letters = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count])
-    return Form(kind=LISTWISE, scale="", labels=letters, reason=reason)
+    assert 2 <= count <= len(LETTERS)
+    return Form(kind=LISTWISE, scale="", labels=tuple(LETTERS[:count]), reason=reason)
 
 
 def scalar(

@@ -21,9 +21,11 @@ async def in_order(
         window: how many items the workers may be ahead of the oldest that is unfinished, which
             bounds what is in memory.
     """
+    assert workers >= 1 and window >= 1
     iterator = iter(items)
     results: dict[int, R] = {}
     taken = given = 0
+    working = workers
     failure: BaseException | None = None
     ready, room = asyncio.Event(), asyncio.Event()
 
@@ -38,19 +40,22 @@ async def in_order(
                 item = next(iterator)
             except StopIteration:
                 return
-            except Exception as error:
-                failure = error
-                return
             index, taken = taken, taken + 1
-            try:
-                results[index] = await work(item)
-            except Exception as error:
-                failure = failure or error
+            results[index] = await work(item)
             ready.set()
 
-    tasks = [asyncio.create_task(worker()) for _ in range(workers)]
-    for task in tasks:
-        task.add_done_callback(lambda _: ready.set())
+    async def guarded() -> None:
+        nonlocal working, failure
+        try:
+            await worker()
+        except BaseException as error:  # a cancelled part of the work is a result that is missing
+            failure = failure or error
+        finally:
+            working -= 1
+            ready.set()
+            room.set()  # those who wait for it see that there is a failure
+
+    tasks = [asyncio.create_task(guarded()) for _ in range(workers)]
     try:
         while True:
             while given in results:
@@ -58,9 +63,7 @@ async def in_order(
                 given += 1
                 room.set()
                 yield result
-            if failure is not None:
-                room.set()
-            if all(task.done() for task in tasks) and given not in results:
+            if not working and given not in results:
                 break
             ready.clear()
             await ready.wait()

@@ -3,14 +3,16 @@
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from align.errors import ConfigError
 
 NANO = 1e9
-DATED = re.compile(r"-\d{4}-\d{2}-\d{2}$")
+DATED = re.compile(r"-\d{4}-\d{2}-\d{2}\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +23,11 @@ class Price:
     written: float
 
     def cost(self, *, prompt: int, completion: int) -> int:
-        """Nano-dollars, rounded up."""
-        return math.ceil(round(prompt * self.read * 1e3 + completion * self.written * 1e3, 6))
+        """Nano-dollars, rounded up; a price is the decimal number that it is written as."""
+        read, written = Fraction(str(self.read)), Fraction(str(self.written))
+        return math.ceil(1000 * (prompt * read + completion * written))
 
-    def halved(self, discount: float) -> "Price":
+    def discounted(self, discount: float) -> "Price":
         return Price(read=self.read * discount, written=self.written * discount)
 
 
@@ -39,20 +42,45 @@ def nano(dollars: float | None) -> int | None:
 def find_price(
     model: str, *, price_in: float | None, price_out: float | None, batch: bool, table: Path
 ) -> Price:
-    """The user's own price, else that of the list; a dated snapshot (MODEL-2026-01-31) costs what
-    its model costs.
+    """The user's own price, each half of it for itself, else that of the list, which alone knows a
+    discount for batches; a dated snapshot (MODEL-2026-01-31) costs what its model costs, unless it
+    is listed itself.
 
     Raises:
         ConfigError: neither is there.
     """
     if price_in is not None and price_out is not None:
         return Price(read=price_in, written=price_out)
-    listed = yaml.safe_load(table.read_text(encoding="utf-8"))
-    found = listed["models"].get(model) or listed["models"].get(DATED.sub("", model))
+    as_of, discount, models = price_list(table)
+    found = models.get(model) or models.get(DATED.sub("", model))
     if found is None:
         raise ConfigError(
-            f"judge.model={model}: its price is not in conf/prices.yaml (of {listed['as_of']}); type "
+            f"judge.model={model}: its price is not in conf/prices.yaml (of {as_of}); type "
             "judge.price_in=USD judge.price_out=USD per million tokens, 0 for a server of your own"
         )
-    price = Price(read=float(found["in"]), written=float(found["out"]))
-    return price.halved(float(listed["batch_discount"])) if batch else price
+    listed = found.discounted(discount) if batch else found
+    return Price(
+        read=listed.read if price_in is None else price_in,
+        written=listed.written if price_out is None else price_out,
+    )
+
+
+def price_list(table: Path) -> tuple[Any, float, dict[str, Price]]:
+    """Its date, what a batch costs of the full price, and the price of each model.
+
+    Raises:
+        ConfigError: the file is no price list.
+    """
+    try:
+        listed = yaml.safe_load(table.read_text(encoding="utf-8"))
+        models = {
+            str(model): Price(read=float(price["in"]), written=float(price["out"]))
+            for model, price in listed["models"].items()
+        }
+        return listed["as_of"], float(listed["batch_discount"]), models
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"judge.prices={table}: is no price list ({why}); type judge.prices=FILE.yaml with "
+            "as_of, batch_discount and models, as in conf/prices.yaml"
+        ) from error

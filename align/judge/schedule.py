@@ -8,8 +8,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-PARTS = re.compile(r"(\d+(?:\.\d+)?)(ms|us|s|m|h|d)")
-SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+PARTS = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)(ns|us|µs|μs|ms|s|m|h|d)")
+SECONDS = {
+    "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0,
+    "d": 86400.0,
+}  # fmt: skip
 LONGEST_BACKOFF_S = 30.0
 FIRST_BACKOFF_S = 0.5
 
@@ -19,7 +22,7 @@ def duration(text: str | None) -> float | None:
     if text is None:
         return None
     text = text.strip().lower()
-    if re.fullmatch(r"\d+(?:\.\d+)?", text):
+    if re.fullmatch(r"\d{1,15}(?:\.\d{1,15})?", text):
         return float(text)
     if re.fullmatch(rf"(?:{PARTS.pattern})+", text):
         return sum(float(number) * SECONDS[unit] for number, unit in PARTS.findall(text))
@@ -40,7 +43,12 @@ def full_jitter(attempt: int, rng: random.Random) -> float:
 
     Source: Brooker 2015, Exponential Backoff and Jitter ("full jitter").
     """
-    return rng.uniform(0, min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (attempt - 1)))
+    return rng.uniform(0, doubled(FIRST_BACKOFF_S, attempt - 1, most=LONGEST_BACKOFF_S))
+
+
+def doubled(first: float, times: int, *, most: float) -> float:
+    """`first`, doubled so often, `most` at most."""
+    return min(most, first * 2.0 ** min(times, 60))
 
 
 @dataclass
@@ -53,7 +61,7 @@ class Bucket:
 
     rate: float | None = None
     burst: float = 1.0
-    due: float = 0.0
+    due: float = float("-inf")
 
     def take(self, units: float, now: float) -> float:
         """Takes them, and tells the seconds to wait until they are there."""
@@ -79,13 +87,12 @@ class Pace:
     answered: list[float] = field(default_factory=list)
 
     def wait(self, tokens: int, now: float) -> float:
-        """Seconds until a request of so many tokens may go; its place is taken."""
-        return max(
-            self.paused_until - now,
-            self.requests.take(1, now),
-            self.tokens.take(tokens, now),
-            0.0,
-        )
+        """Seconds until a request of so many tokens may go; its place is taken. After a pause they
+        go at the usual rate, not all at once.
+        """
+        start = max(now, self.paused_until)
+        waits = self.requests.take(1, start), self.tokens.take(tokens, start)
+        return start - now + max(waits)
 
     def headers(self, headers: Mapping[str, str], now: float) -> None:
         """Seeds both buckets from `x-ratelimit-limit-*`, and pauses where nothing remains."""
@@ -134,7 +141,7 @@ class Pace:
 @dataclass
 class Breaker:
     """Stops asking an endpoint that is down: after `failures` in a row it opens, for longer each
-    time, and lets one request through to see.
+    time, and then lets one request a second through to see, until one of them has told.
 
     Source: Nygard 2007, Release It!, "Circuit Breaker".
     """
@@ -153,7 +160,7 @@ class Breaker:
         if self.open_until <= now and self.opened:
             if now < self.trial_until:
                 return self.trial_until - now
-            self.trial_until = now + 1.0  # one at a time, until one of them has told
+            self.trial_until = now + 1.0
         return max(0.0, self.open_until - now)
 
     def good(self) -> None:
@@ -167,7 +174,7 @@ class Breaker:
             return False
         if now < self.open_until:
             return False
-        self.open_until = now + min(self.longest_s, self.first_s * 2.0**self.opened)
+        self.open_until = now + doubled(self.first_s, self.opened, most=self.longest_s)
         self.opened += 1
         return True
 

@@ -6,22 +6,22 @@ this process are asked and read alike.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import fsum
 from statistics import fmean
 
 from align.errors import JudgeError
 from align.judge import forms
 from align.judge.answers import OK as READ
 from align.judge.answers import Reading, score
-from align.judge.forms import FIRST_WINS, MARGINS, Form
-from align.judge.orders import over_both_orders
+from align.judge.forms import FIRST_WINS, LETTERS, MARGINS, Form
+from align.judge.orders import leaning, over_both_orders
 from align.judge.prompts import Material
 from align.judge.settings import Asking
 from align.records import OK, TIE, Comparison, Verdict
 
 # What one look that failed makes of the whole, the gravest first.
 GRAVEST = ("failed", "overflow", "refusal", "malformed")
-MOST_RANKED = 26
-LEVELS = ((1.5, ">>"), (0.5, ">"), (-0.5, "="), (-1.5, "<"))
+LEVELS = ((1.5, ">>", "<<"), (0.5, ">", "<"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +67,24 @@ class Group:
 
 
 def groups(comparisons: Iterable[Comparison], *, settings: Asking) -> Iterator[Group]:
-    """Pairs one by one; for rankings all neighbours that share a prompt."""
+    """Pairs one by one; for rankings all neighbours that share a prompt and its responses."""
     if settings.kind != forms.LISTWISE:
         for comparison in comparisons:
             yield Group(comparisons=(comparison,))
         return
     gathered: list[Comparison] = []
+    texts: dict[int, str] = {}
     for comparison in comparisons:
-        if (
-            gathered
-            and comparison.prompt is not gathered[0].prompt
-            and (comparison.prompt != gathered[0].prompt)
-        ):
+        sides = {
+            comparison.first_index: comparison.first,
+            comparison.second_index: comparison.second,
+        }
+        other = gathered and comparison.prompt != gathered[0].prompt
+        if other or any(texts.get(index, text) != text for index, text in sides.items()):
             yield Group(comparisons=tuple(gathered))
-            gathered = []
+            gathered, texts = [], {}
         gathered.append(comparison)
+        texts |= sides
     if gathered:
         yield Group(comparisons=tuple(gathered))
 
@@ -92,29 +95,8 @@ def questions(group: Group, *, settings: Asking, samples: int = 1) -> list[Quest
     Raises:
         JudgeError: more responses than letters.
     """
-    texts = group.texts
-    shown: list[list[str]]
-    if settings.kind == forms.SCALAR:
-        form = forms.scalar(
-            lowest=settings.lowest, highest=settings.highest,
-            criteria=tuple(settings.criteria), reason=settings.reason,
-        )  # fmt: skip
-        shown = [[text] for text in texts.values()]
-    else:
-        order = list(texts.values())
-        shown = [order, order[::-1]]
-        if settings.kind == forms.PAIRWISE:
-            form = forms.pairwise(
-                scale=settings.scale, criteria=tuple(settings.criteria), reason=settings.reason
-            )
-        elif len(texts) > MOST_RANKED:
-            raise JudgeError(
-                f"judge.kind=listwise: prompt {group.comparisons[0].prompt.id} has {len(texts)} "
-                f"responses and a ranking takes {MOST_RANKED}; type sampler.n={MOST_RANKED} or "
-                "judge.kind=pairwise"
-            )
-        else:
-            form = forms.listwise(len(texts), reason=settings.reason)
+    form, order = form_of(group, settings=settings), list(group.texts.values())
+    shown = [[text] for text in order] if form.kind == forms.SCALAR else [order, order[::-1]]
     prompt = group.comparisons[0].prompt
     reference = prompt.meta.get(settings.reference)
     return [
@@ -132,20 +114,40 @@ def questions(group: Group, *, settings: Asking, samples: int = 1) -> list[Quest
     ]
 
 
+def form_of(group: Group, *, settings: Asking) -> Form:
+    """The form of all questions of a group.
+
+    Raises:
+        JudgeError: more responses than letters.
+    """
+    criteria, reason = tuple(settings.criteria), settings.reason
+    if settings.kind == forms.SCALAR:
+        lowest, highest = settings.lowest, settings.highest
+        return forms.scalar(lowest=lowest, highest=highest, criteria=criteria, reason=reason)
+    if settings.kind == forms.PAIRWISE:
+        return forms.pairwise(scale=settings.scale, criteria=criteria, reason=reason)
+    count, most = len(group.texts), len(LETTERS)
+    if count > most:
+        raise JudgeError(
+            f"judge.kind=listwise: prompt {group.comparisons[0].prompt.id} has {count} responses "
+            f"and a ranking takes {most}; type sampler.n={most} or judge.kind=pairwise"
+        )
+    return forms.listwise(count, reason=reason)
+
+
 def verdicts(
     group: Group, answers: Sequence[Answer], *, settings: Asking, judge: str
 ) -> list[Verdict]:
     """One verdict a comparison, from the answers to `questions(group)` in their order."""
     looks = len(group.texts) if settings.kind == forms.SCALAR else 2
+    assert answers and len(answers) % looks == 0
     rounds = [answers[i : i + looks] for i in range(0, len(answers), looks)]
-    shared = len(group.comparisons)
     tokens, cost = sum(a.tokens for a in answers), sum(a.cost for a in answers) / 1e9
     found = []
     for number, comparison in enumerate(group.comparisons):
         verdict = single(group, comparison, rounds, settings=settings, judge=judge)
         # A ranking is paid for once: its first verdict carries the price.
-        first = number == 0 or shared == 1
-        found.append(replace(verdict, tokens=tokens if first else 0, cost=cost if first else 0.0))
+        found.append(replace(verdict, tokens=tokens, cost=cost) if number == 0 else verdict)
     return found
 
 
@@ -183,17 +185,23 @@ def settled(verdict: Verdict, *, on_disagreement: str) -> Verdict:
     if verdict.consistent or on_disagreement in ("soft", "escalate"):
         return verdict
     if on_disagreement == "drop":
-        return replace(verdict, status="disagreement", p_first=None, margin=None)
-    return replace(verdict, status=TIE, p_first=0.5, margin=None)
+        return replace(verdict, status="disagreement", p_first=None, margin=None, level=None)
+    level = None if verdict.level is None else "="
+    return replace(verdict, status=TIE, p_first=0.5, margin=None, level=level)
 
 
 def preferred(reading: Reading) -> float:
     """Probability that the response shown first is the better one."""
-    return expected(reading.probabilities or {str(reading.label): 1.0}, FIRST_WINS)
+    return expected(distribution(reading), FIRST_WINS)
+
+
+def distribution(reading: Reading) -> Mapping[str, float]:
+    """The probability of each label; of the written one alone where the endpoint gave none."""
+    return reading.probabilities or {str(reading.label): 1.0}
 
 
 def expected(probabilities: Mapping[str, float], values: Mapping[str, float]) -> float:
-    return sum(values[label] * p for label, p in probabilities.items())
+    return fsum(values[label] * p for label, p in probabilities.items())
 
 
 def from_looks(
@@ -216,14 +224,24 @@ def from_looks(
     if settings.scale != "five":
         return verdict
     margin = (margins(given) - margins(swapped)) / 2
-    bad = all(r.label == forms.BOTH_BAD for r in (*given, *swapped))
-    level = "both bad" if bad else next((word for low, word in LEVELS if margin >= low), "<<")
-    return replace(verdict, margin=abs(margin), level=level)
+    assert verdict.p_first is not None
+    sign = leaning(verdict.p_first)
+    bad = fmean(distribution(r).get(forms.BOTH_BAD, 0.0) for r in (*given, *swapped)) > 0.5
+    level = "both bad" if bad else level_of(margin * abs(sign))
+    return replace(verdict, margin=max(0.0, margin * sign), level=level)
 
 
 def margins(readings: Sequence[Reading]) -> float:
     """By how many levels the response shown first is better."""
-    return fmean(expected(r.probabilities or {str(r.label): 1.0}, MARGINS) for r in readings)
+    return fmean(expected(distribution(r), MARGINS) for r in readings)
+
+
+def level_of(margin: float) -> str:
+    """The nearest of >>, >, =, < and <<; from the middle between two, the farther one."""
+    for least, first, second in LEVELS:
+        if abs(margin) >= least:
+            return first if margin > 0 else second
+    return "="
 
 
 def from_rankings(
@@ -240,9 +258,8 @@ def from_rankings(
         """Share of the samples in which `first` stands before `second`."""
         last = len(indices) - 1
         a, b = (place if look == 0 else last - place for place in (first, second))
-        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
         orders = [answers[look].reading.ranking for answers in rounds]
-        return fmean(float(o.index(letters[a]) < o.index(letters[b])) for o in orders)
+        return fmean(float(o.index(LETTERS[a]) < o.index(LETTERS[b])) for o in orders)
 
     # In one of the listings the comparison's first stands first.
     ahead, behind = (0, 1) if first < second else (1, 0)
@@ -279,19 +296,19 @@ def from_scores(
         id=comparison.prompt.id,
         first=comparison.first_index,
         second=comparison.second_index,
-        status=TIE if p == 0.5 else OK,
-        p_first=p,
+        status=OK if leaning(p) else TIE,
+        p_first=p if leaning(p) else 0.5,
         consistent=True,
         judge=judge,
-        margin=abs(marks[0] - marks[1]),
+        margin=max(0.0, (marks[0] - marks[1]) * leaning(p)),
         scores=tuple(sides),
     )
 
 
 def beats(a: Reading, b: Reading) -> float:
-    first, second = (r.probabilities or {str(r.label): 1.0} for r in (a, b))
-    return sum(
-        p * q * (0.5 + 0.5 * ((int(x) > int(y)) - (int(x) < int(y))))
-        for x, p in first.items()
-        for y, q in second.items()
+    """P(a > b) + P(a = b) / 2 of two marks, which is 1/2 + sum_xy P(x) P(y) sign(x - y) / 2."""
+    return 0.5 + 0.5 * fsum(
+        p * q * ((int(x) > int(y)) - (int(x) < int(y)))
+        for x, p in distribution(a).items()
+        for y, q in distribution(b).items()
     )

@@ -135,7 +135,7 @@ def asked(settings: Agreeing, pairs: list[JudgedPair]) -> list[Verdict | None]:
     judge_missing(comparisons, judge=settings.judge, path=path, title="judge")
     said = Said(path)
     found = [said.on([comparison(pair)]) for pair in pairs]
-    return [verdict[0] if verdict else None for verdict in found]
+    return [judged[0][1] if judged else None for judged in found]
 
 
 def comparison(pair: JudgedPair) -> Comparison:

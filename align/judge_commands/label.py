@@ -19,6 +19,7 @@ from align.config import Launch, build, resolved
 from align.errors import ConfigError, JudgeError
 from align.jsonl import IndexedRecords
 from align.judge.prices import usd
+from align.judge_commands.status import told_time
 from align.pipeline import Done, Work, bring_about, shortest
 from align.plan import Step
 from align.records import OK, STATUSES, TIE, Candidate
@@ -169,11 +170,3 @@ about ${usd(found.cost):,.2f}, at worst ${usd(found.worst):,.2f} \
 about {told_time(found.seconds)}, at {found.latency:.1f} s a request ({found.basis}) \
 and {judge.concurrency} at a time
 nothing was sent"""
-
-
-def told_time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from align.config import did_you_mean
@@ -34,13 +33,15 @@ def command(words: list[str]) -> int:
     settings = parse(words)
     seen = look(settings.ledger)
     console = Console()
-    console.print(Text(str(settings.ledger)), highlight=False)
+    console.print(Text(str(settings.ledger)), highlight=False, soft_wrap=True)
     for judge in seen.judges:
-        console.print(Text(told(judge)), highlight=False)
+        console.print(Text(told(judge)), highlight=False, soft_wrap=True)
     if not seen.judges:
         console.print("nothing has been asked yet")
     if seen.jobs:
-        console.print(jobs_table(seen.jobs[:MOST_JOBS]))
+        console.print("\njobs")
+    for job in seen.jobs[:MOST_JOBS]:
+        console.print(Text(told_job(job)), highlight=False, soft_wrap=True)
     return 0
 
 
@@ -92,19 +93,21 @@ def told(judge: JudgeSeen) -> str:
     return "\n".join(lines)
 
 
-def jobs_table(jobs: list[JobSeen]) -> Table:
-    """The newest jobs, one a row."""
-    table = Table(
-        "begun", "judge", "what", "done", "without verdict", "", title="jobs", title_justify="left"
-    )
+def told_job(job: JobSeen) -> str:
+    """One job in a line."""
     now = time.time()
-    for job in jobs:
-        begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
-        share = f"{job.done:,} of {job.total:,}"
-        finished = job.done >= job.total
-        state = "done" if finished else "at work" if now - job.seen < FRESH_S else "ended early"
-        if state == "at work" and job.done:
-            left = (now - job.started) / job.done * (job.total - job.done)
-            state += f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left"
-        table.add_row(begun, Text(job.identity), Text(job.title), share, f"{job.failed:,}", state)
-    return table
+    begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
+    state = "done" if job.done >= job.total else "ended early"
+    if state != "done" and now - job.seen < FRESH_S:
+        left = (now - job.started) / max(job.done, 1) * (job.total - job.done)
+        state = f"at work, {told_time(left)} left"
+    lacking = f", {job.failed:,} without a verdict" if job.failed else ""
+    done = f"{job.done:,} of {job.total:,} comparisons{lacking}"
+    return f"  {begun}  {job.identity}, {job.title}: {done}; {state}"
+
+
+def told_time(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -92,7 +92,7 @@ def judge_all(settings: EvaluateStage, pairs: Sequence[Pair], path: Path) -> lis
     said = Said(path)
     found = [said.on([pair.comparison()]) for pair in pairs]
     return [
-        verdicts[0] if verdicts else unanswered(pair)
+        verdicts[0][1] if verdicts else unanswered(pair)
         for pair, verdicts in zip(pairs, found, strict=True)
     ]
 

@@ -140,11 +140,13 @@ class Said:
         self.verdicts = read_verdicts(path)
         self.pending = next(self.verdicts, None)
 
-    def on(self, comparisons: Iterable[Comparison]) -> list[Verdict]:
-        """The verdicts on the next comparisons; those that the judge passed over have none."""
+    def on(self, comparisons: Iterable[Comparison]) -> list[tuple[Comparison, Verdict]]:
+        """The next comparisons with their verdicts; those that the judge passed over are left
+        out.
+        """
         found = []
         for comparison in comparisons:
             if self.pending is not None and is_of(self.pending, comparison):
-                found.append(self.pending)
+                found.append((comparison, self.pending))
                 self.pending = next(self.verdicts, None)
         return found

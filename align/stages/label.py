@@ -13,11 +13,13 @@ from align.errors import StageError
 from align.jsonl import IndexedRecords, dump_line
 from align.records import OK, STATUSES, TIE, Candidate, Comparison, Preference, Prompt, Verdict
 from align.stages.judging import VERDICTS, Said, judge_missing
+from align.stages.manner import Manner
 from align.stages.settings import Label, LabelStage
 
 
 def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
-    """Writes verdicts.jsonl (all of them), preferences.jsonl (what became data) and counts.json.
+    """Writes verdicts.jsonl (all of them), preferences.jsonl (what became data), metrics.json (the
+    judge's habits) and counts.json.
 
     Raises:
         StageError: no verdict became a preference.
@@ -96,11 +98,14 @@ def write_preferences(
     included.
     """
     counts: Counter[str] = Counter()
-    cost, said = 0.0, Said(out / VERDICTS)
+    cost, said, manner = 0.0, Said(out / VERDICTS), Manner()
     with (out / "preferences.jsonl").open("wb") as file:
         for candidate in candidates:
-            verdicts = said.on(comparisons(candidate, label=settings.label, seed=settings.seed))
-            for verdict in verdicts:
+            verdicts = []
+            made = comparisons(candidate, label=settings.label, seed=settings.seed)
+            for comparison, verdict in said.on(made):
+                verdicts.append(verdict)
+                manner.add(comparison, verdict)
                 counts[verdict.status] += 1
                 counts["inconsistent"] += not verdict.consistent
                 cost += verdict.cost
@@ -113,6 +118,9 @@ def write_preferences(
             texts = [response.text.strip() for response in candidate.responses]
             counts["empty"] += sum(not text for text in texts)
             counts["duplicates"] += len(texts) - len(set(texts))
+    write_json(out / "metrics.json", manner.metrics())
+    if habits := manner.sentence():
+        print(habits, flush=True)
     names = (*STATUSES, "inconsistent", "preferences", "empty", "duplicates")
     return {
         "comparisons": sum(counts[s] for s in STATUSES),

@@ -27,6 +27,7 @@ PRICE_IN, PRICE_OUT = 1, 2  # dollars per million tokens
 READ, WRITTEN = 1000 * PRICE_IN, 1000 * PRICE_OUT  # nano-dollars a token
 PROBE = b"probe "
 EARLY_S = 0.3
+WORDS = ("leave", "salary", "notice", "office", "contract")
 # What a real provider does now and then; each as often as the others.
 MISHAPS = (
     "429", "429_headers", "500", "502_html", "timeout", "cut", "reset", "truncated_json", "html",
@@ -39,7 +40,7 @@ MISHAPS = (
 
 
 class Till(fake_server.Server):
-    """The fake server with a till: the usage of all that it generates, whether it arrives or not."""
+    """The fake server with a till: the usage of all it generates, whether it arrives or not."""
 
     def completion(
         self, body: Json, texts: dict[str, str], fault: str | None, authorization: str
@@ -57,7 +58,7 @@ class Till(fake_server.Server):
 
 
 class PaidServer(FakeServer):
-    """`FakeServer` with the till. Example: `with PaidServer(tmp_path) as server: server.charged()`"""
+    """`FakeServer` with the till. Example: `with PaidServer(tmp_path, latency=0.1) as server: …`"""
 
     def start(self, *, port: int = 0) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="paid_server_", dir=self.parent)).resolve()
@@ -106,7 +107,7 @@ def write_candidates(path: Path, count: int, *, start: int = 0, length: int = 60
     with path.open("w", encoding="utf-8") as file:
         for number in range(start, start + count):
             rng = random.Random(number)
-            words = [rng.choice("leave salary notice office contract".split()) for _ in range(40)]
+            words = [rng.choice(WORDS) for _ in range(40)]
             longer = f"{number} {' '.join(words)}"[:length]
             answers = [longer, longer[: rng.randrange(length // 4, length - 5)] + "."]
             rng.shuffle(answers)
@@ -327,7 +328,8 @@ def audit(work: Labelling, *, lost: int, killing: Killing) -> None:
     found, stats = work.books(), work.server.settled()
     assert not found.under_way and found.reserved == 0
     assert found.twice == 0, "a question has two answers on disk"
-    assert stats["answered"] == found.answers + lost, "an answer is neither on disk nor cut off"
+    told = f"{stats['answered']} answers, {found.answers} on disk and {lost} cut off by kills"
+    assert stats["answered"] == found.answers + lost, told
     assert stats["received"] <= found.attempts, "a request was sent before it was written down"
     # A kill between the probe's answer and what was learnt from it asks the probe again.
     assert stats["duplicates"] <= lost + found.probes - 1
@@ -355,8 +357,8 @@ def answered_again(log: Iterable[Json], kills: Iterable[float], *, window: float
 
 
 def mishaps(rate: float, *, slow_down: float = 1.0) -> dict[str, float]:
-    """Shares of all mishaps that add up to `rate`. With `slow_down` below 1 there are fewer refusals
-    for speed, each of which halves the pace, as it should.
+    """Shares of all mishaps, `rate` in all. With `slow_down` below 1 there are fewer refusals for
+    speed, each of which halves the pace, as it should.
     """
     weights = {name: slow_down if name.startswith("429") else 1.0 for name in MISHAPS}
     return {name: rate * weight / sum(weights.values()) for name, weight in weights.items()}
@@ -382,7 +384,7 @@ def statuses(verdicts: Iterable[Json]) -> Counter[str]:
 
 
 def gpt4_replies(folder: Path) -> Path:
-    """What GPT-4 said of each pair in each order, as a table for the fake server's answer="table"."""
+    """What GPT-4 said of each pair in each order, as a table for the server's answer="table"."""
     from align.judge.probe import EXAMPLE
 
     table = {sha("\0".join((EXAMPLE.first, EXAMPLE.second))): "Output (a)"}

@@ -133,7 +133,7 @@ def test_a_recipe_killed_while_it_labels_asks_for_no_finished_answer_again(serve
         f"judge.base_url={server.url}", "judge.price_in=1", "judge.price_out=2",
         "judge@evaluate.judge=none", "judge.concurrency=4",
     ]  # fmt: skip
-    ledger = tmp_path / "runs" / "judgments.sqlite"
+    ledger, began = tmp_path / "runs" / "judgments.sqlite", time.time()
     child = spawn("align.run", *words)
     server.wait_for(24, child=child)
     os.killpg(child.pid, signal.SIGKILL)
@@ -142,12 +142,12 @@ def test_a_recipe_killed_while_it_labels_asks_for_no_finished_answer_again(serve
     assert child.returncode == -signal.SIGKILL, f"{out}\n{err[-3000:]}"
     cut, before = books(ledger), server.settled()
     lost = before["answered"] - cut.answers
-    assert 0 < cut.answers and 0 <= lost <= len(cut.under_way) <= 4
+    assert cut.answers and 0 <= lost <= len(cut.under_way) <= 4
     ended(spawn("align.run", *words))
     stats, found = server.settled(), books(ledger)
     assert stats["duplicates"] <= lost and stats["answered"] == found.answers + lost
     assert found.twice == 0 and found.spent + found.uncertain >= server.charged()
-    log = [line for line in server.log() if line["t"] > killed - 60]
+    log = [line for line in server.log() if line["t"] > began]
     assert not answered_again(log, [killed], window=5)
     latest = tmp_path / "runs" / "dpo" / "latest"
     assert len(read_jsonl(latest / "verdicts.jsonl")) == (found.answers - 1) / 2

@@ -139,20 +139,22 @@ def test_a_request_that_a_living_process_asks_is_left_to_it(path):
 
 
 OPENS = """
-import sys
+import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.judge.test_ledger import Ledger
+time.sleep({begin} - time.time())
 for number in range(40):
+    time.sleep(-time.time() % 0.04)  # all at the same moment
     Ledger.open(Path({folder!r}) / str(number)).close()
 """
 
 
 def test_processes_that_begin_at_the_same_moment_do_not_lock_each_other_out(tmp_path):
     """SQLite's switch to the write-ahead log does not wait for others."""
-    code = OPENS.format(root=ROOT, folder=str(tmp_path))
-    begun = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [process.wait(60) for process in begun] == [0, 0, 0]
+    code = OPENS.format(root=ROOT, folder=str(tmp_path), begin=time.time() + 3)
+    begun = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert [process.wait(60) for process in begun] == [0, 0, 0, 0]
 
 
 def test_a_forked_name_of_an_owner_is_only_a_name(tmp_path):

@@ -10,7 +10,6 @@ import pytest
 from align.records import STATUSES
 from tests.judge.labelling import (
     LLMBAR,
-    READ,
     Labelling,
     PaidServer,
     comparisons,
@@ -25,6 +24,7 @@ from tests.judge.labelling import (
 )
 
 PAIRS = 150
+FAULTS = mishaps(0.3, slow_down=0.2)
 # Time-outs are among the faults; a patient breaker, for a suite on a busy machine.
 PATIENT = ("judge.timeout_s=1.5", "judge.concurrency=16")
 
@@ -52,19 +52,19 @@ def test_with_three_faults_in_ten_answers_no_label_is_wrong_and_every_row_ends_i
     candidates, tmp_path
 ):
     cap = 0.5
-    with PaidServer(tmp_path, faults=mishaps(0.3), seed=1) as server:
+    with PaidServer(tmp_path, faults=FAULTS, seed=1) as server:
         work = labelling(server, candidates, tmp_path, f"judge.budget_usd={cap}")
         work.finish()
         assert_all_named_and_none_wrong(work)
         stats, found = server.stats(), work.books()
-        assert len(stats["faults"]) == len(mishaps(0.3))
+        assert len(stats["faults"]) == len(FAULTS)
         assert sum(stats["faults"].values()) > 0.2 * stats["received"]
         assert server.charged() <= found.spent + found.uncertain <= cap * 1e9
 
 
 def test_a_budget_that_is_hit_is_never_passed_and_raising_it_loses_nothing(candidates, tmp_path):
     cap = 0.05
-    with PaidServer(tmp_path, faults=mishaps(0.3), seed=2, latency=0.01) as server:
+    with PaidServer(tmp_path, faults=FAULTS, seed=2, latency=0.01) as server:
         small = labelling(server, candidates, tmp_path, f"judge.budget_usd={cap}")
         told = ended(small.start(), status=1)
         assert f"judge.budget_usd={cap}: the next request could pass" in told
