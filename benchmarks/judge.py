@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import io
 import math
-import os
-import platform
 import random
 import resource
 import statistics
@@ -21,34 +19,19 @@ import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from align.records import STATUSES  # noqa: E402
-from tests.judge import labelling  # noqa: E402
-from tests.judge.labelling import Killing, Labelling, PaidServer  # noqa: E402
+from align.records import STATUSES
+from benchmarks.table import Row, machine, markdown
+from tests.judge import labelling
+from tests.judge.fake_server import REPOSITORY
+from tests.judge.killing import EARLY_S, Killing, books, kill_until_finished
+from tests.judge.labelling import Labelling, PaidServer
 
 FLAT = 60  # bytes a row: an offset in the index, and what the allocator does beside it
-HEADER = ("what", "measured", "mark", "met")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table; `met` is None where there is no mark."""
-
-    what: str
-    measured: str
-    mark: str = ""
-    met: bool | None = None
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        met = {None: "", True: "yes", False: "NO"}[self.met]
-        return (self.what, self.measured, self.mark, met)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,13 +264,12 @@ def kill(size: Size) -> Iterator[Row]:
         expected.finish()
         whole = time.monotonic() - started
         moments = [
-            rng.uniform(0, labelling.EARLY_S if number % 10 == 0 else whole)
-            for number in range(size.kills)
+            rng.uniform(0, EARLY_S if number % 10 == 0 else whole) for number in range(size.kills)
         ]
         while killing.kills < size.kills:
             server.reset()
             again = work(f"killed-{starts}")
-            labelling.kill_until_finished(again, moments[killing.kills :], killing=killing)
+            kill_until_finished(again, moments[killing.kills :], killing=killing)
             assert again.exported() == expected.exported()
             starts += 1
     yield Row(
@@ -326,7 +308,7 @@ def faults(size: Size) -> Iterator[Row]:
                 server=server, candidates=candidates, workspace=folder, settings=settings
             )
             labelling.ended(work.start(), status=0 if ends else 1)
-            stats, found, verdicts = server.stats(), work.books(), work.verdicts()
+            stats, found, verdicts = server.stats(), books(work.ledger), work.verdicts()
         wrong = labelling.wrong_labels(candidates, verdicts)
         told = labelling.statuses(verdicts)
         rows = f"{len(verdicts)} of {pairs} rows have a status"
@@ -376,26 +358,6 @@ def replay(size: Size) -> Iterator[Row]:
 
 
 BENCHMARKS = {f.__name__: f for f in (overhead, rate, memory, kill, faults, replay)}
-
-
-def machine() -> str:
-    """Date, hardware and versions in one line."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = models[0] if models else platform.processor()
-    import openai
-
-    return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} × {model}, Python "
-        f"{platform.python_version()}, openai {openai.__version__}, server on the same cores"
-    )
-
-
-def markdown(rows: list[Row], heading: str) -> str:
-    lines = [HEADER, ("---",) * len(HEADER), *(row.cells for row in rows)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{heading}\n\n{table}\n"
 
 
 def main() -> int:

@@ -30,8 +30,9 @@ def train(policy: "Policy", data: "PairData", *, settings: Dpo, out: Path) -> No
     def results(pairs: PairLogprobs, p: torch.Tensor) -> Results:
         p = p if settings.soft_labels else torch.ones_like(p)
         q = soft_label(p, label_smoothing=settings.label_smoothing)
+        more = {"offset": settings.offset} if settings.offset else {}
         return Results(
-            loss=LOSSES[settings.loss](pairs, beta=settings.beta, q=q),
+            loss=LOSSES[settings.loss](pairs, beta=settings.beta, q=q, **more),
             chosen_reward=settings.beta * pairs.chosen_ratio.detach(),
             rejected_reward=settings.beta * pairs.rejected_ratio.detach(),
         )

@@ -8,11 +8,11 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True, kw_only=True)
 class PairLogprobs:
-    """Summed log-probabilities of both answers under policy and reference, and the answers'
-    lengths; each [B].
+    """Summed log-probabilities of both answers under policy and reference, the answers' lengths,
+    and the judge's margin (0 where it gave none); each [B].
 
     Example: `PairLogprobs(policy_chosen=…, policy_rejected=…, reference_chosen=…,
-    reference_rejected=…, chosen_length=…, rejected_length=…)`
+    reference_rejected=…, chosen_length=…, rejected_length=…, margin=…)`
     """
 
     policy_chosen: torch.Tensor
@@ -21,6 +21,7 @@ class PairLogprobs:
     reference_rejected: torch.Tensor
     chosen_length: torch.Tensor
     rejected_length: torch.Tensor
+    margin: torch.Tensor
 
     @property
     def chosen_ratio(self) -> torch.Tensor:
@@ -44,15 +45,20 @@ def soft_label(p: torch.Tensor, *, label_smoothing: float) -> torch.Tensor:
     return p * (1 - label_smoothing) + (1 - p) * label_smoothing
 
 
-def sigmoid_loss(pairs: PairLogprobs, *, beta: float, q: torch.Tensor) -> torch.Tensor:
-    """DPO with soft labels, [B].
+def sigmoid_loss(
+    pairs: PairLogprobs, *, beta: float, q: torch.Tensor, offset: float = 0.0
+) -> torch.Tensor:
+    """DPO with soft labels and offsets, [B].
 
-        m = beta (chosen_ratio - rejected_ratio),    loss = -q log sigmoid(m) - (1 - q) log
-        sigmoid(-m)
+        m = beta (chosen_ratio - rejected_ratio) - offset * margin
+        loss = -q log sigmoid(m) - (1 - q) log sigmoid(-m)
 
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7 for q = 1; Mitchell 2023 ("cDPO") for q = 1 - e.
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7 for q = 1 and offset 0; Mitchell 2023 ("cDPO") for
+    q = 1 - e; Amini et al. 2024 ("ODPO"), arXiv:2402.10571, for an offset. Deviation: there the
+    offset grows with the logarithm of the score difference in the main runs, here with the margin
+    itself, which may be 0.
     """
-    margin = beta * (pairs.chosen_ratio - pairs.rejected_ratio)
+    margin = beta * (pairs.chosen_ratio - pairs.rejected_ratio) - offset * pairs.margin
     return -q * logsigmoid(margin) - (1 - q) * logsigmoid(-margin)
 
 

@@ -54,7 +54,7 @@ def collate_pairs(pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of 2B rows, all chosen and then all rejected.
 
     Returns:
-        input_ids, response_mask: [2B, T]; p, reference_chosen, reference_rejected, chosen_length,
+        input_ids, response_mask: [2B, T]; p, margin (0 where there is none), reference_chosen, reference_rejected, chosen_length,
         rejected_length: [B].
     """
     rows = [
@@ -66,6 +66,8 @@ def collate_pairs(pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     batch = {"input_ids": packed.input_ids, "response_mask": packed.response_mask}
     for key in ("p", "reference_chosen", "reference_rejected"):
         batch[key] = torch.tensor([pair[key] for pair in pairs], dtype=torch.float32)
+    margins = [pair.get("margin") or 0.0 for pair in pairs]
+    batch["margin"] = torch.tensor(margins, dtype=torch.float32)
     for side in ("chosen", "rejected"):
         counts = [len(pair[f"{side}_ids"]) for pair in pairs]
         batch[f"{side}_length"] = torch.tensor(counts, dtype=torch.float32)

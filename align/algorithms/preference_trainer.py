@@ -87,7 +87,9 @@ class PreferenceTrainer(Trainer):
             model, input_ids=batch["input_ids"], response_mask=batch["response_mask"]
         )
         chosen, rejected = found.chunk(2)
-        given = ("reference_chosen", "reference_rejected", "chosen_length", "rejected_length")
+        given = (
+            "reference_chosen", "reference_rejected", "chosen_length", "rejected_length", "margin",
+        )  # fmt: skip
         pairs = PairLogprobs(
             policy_chosen=chosen, policy_rejected=rejected, **{key: batch[key] for key in given}
         )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from align.checks import check_choice, check_range
+from align.errors import ConfigError
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "paged_adamw_8bit")
@@ -54,9 +55,16 @@ class Dpo(PreferenceTraining):
     beta: float
     label_smoothing: float
     soft_labels: bool
+    offset: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range("algorithm.offset", self.offset, low=0)
+        if self.offset and self.loss != "sigmoid":
+            raise ConfigError(
+                f"algorithm.offset={self.offset:g}: algorithm.loss={self.loss} has no offset; type "
+                "algorithm.loss=sigmoid or algorithm.offset=0"
+            )
         check_choice("algorithm.loss", self.loss, DPO_LOSSES)
         check_range("algorithm.beta", self.beta, low=0, above=True)
         check_range("algorithm.label_smoothing", self.label_smoothing, low=0, high=0.49)

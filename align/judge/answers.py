@@ -75,7 +75,7 @@ def usage(body: Mapping[str, Any]) -> Usage | None:
     if not isinstance(told, Mapping):
         return None
     prompt, completion = told.get("prompt_tokens"), told.get("completion_tokens")
-    if not isinstance(prompt, int) or not isinstance(completion, int):
+    if type(prompt) is not int or type(completion) is not int:
         return None
     if not 0 <= prompt < MOST_TOKENS or not 0 <= completion < MOST_TOKENS:
         return None
@@ -101,12 +101,12 @@ def read(body: Mapping[str, Any], form: Form) -> Reading:
         return Reading(status=MALFORMED, why=f"{why} in {content[:100]!r}")
     narrow = content[start:].translate(NARROW)
     found = list(given(narrow, form, cut=ending == "length"))
-    said = {each.value for each in found}
-    if len(said) != 1:
+    said, sure = {each.value for each in found}, [each for each in found if each.sure]
+    if len(said) != 1 or not sure:
         none = "cut off at max_tokens" if ending == "length" else f"no {form.key}"
-        why = f"several answers: {sorted(map(str, said))[:5]}" if said else none
+        why = f"several answers: {sorted(map(str, said))[:5]}" if len(said) > 1 else none
         return Reading(status=MALFORMED, why=f"{why} in {content[start:][:100]!r}")
-    answer = found[-1]
+    answer = sure[-1]
     if form.kind == LISTWISE:
         return Reading(status=OK, ranking=tuple(answer.value))
     criteria = {name: criterion(narrow, name, form) for name in form.criteria}
@@ -200,8 +200,9 @@ def written(text: str, key: str, value: Any, found: Found, *, offset: int) -> in
 
 def criterion(text: str, name: str, form: Form) -> str | None:
     """The answer to one criterion, where there is exactly one."""
-    said = {each.value for each in (*in_objects(text, name, form), *tagged(text, name, form))}
-    return said.pop() if len(said) == 1 else None
+    found = [*in_objects(text, name, form), *tagged(text, name, form)]
+    said = {each.value for each in found}
+    return said.pop() if len(said) == 1 and any(each.sure for each in found) else None
 
 
 def score(reading: Reading) -> float:

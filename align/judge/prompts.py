@@ -101,7 +101,7 @@ def nonce(material: Material) -> str:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja for templates that others wrote: no attributes of Python's, nothing huge out of little."""
+    """Jinja for templates that others wrote: no attributes of Python's, nothing huge by a trick."""
 
     intercepted_binops = frozenset(("*", "**"))
 

@@ -43,12 +43,17 @@ ENDING = re.compile(r"(?:</s>|<eos>|<end_of_turn>|<\|\w{1,30}\|>)\Z")  # which s
 
 @dataclass(frozen=True)
 class Found:
-    """An answer (a label, or labels from best to worst) and the offset of the label's first
-    character; no place where it is not sure, or there are several.
+    """An answer.
+
+    Attributes:
+        value: a label, or labels from best to worst.
+        place: offset of the label's first character, None where it is not known.
+        sure: all that was said is understood; else it counts as a contradiction only.
     """
 
     value: Any
     place: int | None = None
+    sure: bool = True
 
 
 def after_thinking(content: str) -> int | None:
@@ -126,8 +131,12 @@ def tagged(text: str, key: str, form: Form) -> Iterator[Found]:
             below = rest if rest.strip(DRESSING) else text[offset + len(line) :]
             if (order := ranked(below, form.labels)) is not None:
                 yield Found(order)
-        elif (found := value_of(rest, form)) is not None and found.place is not None:
-            yield Found(found.value, offset + match.end() + found.place)
+        elif (found := value_of(rest, form)) is not None:
+            yield Found(found.value, offset + match.end() + (found.place or 0))
+        elif (
+            first := value_of(re.split(r"[^\w]", undressed(rest), maxsplit=1)[0], form)
+        ) is not None:
+            yield Found(first.value, sure=False)  # "Verdict: A, or rather"
 
 
 def lone(text: str, form: Form, *, alone: bool) -> Iterator[Found]:

@@ -30,27 +30,34 @@ def probabilities(
     entry = token_at(logprobs, content, place)
     if entry is None or not isinstance(entry.get("top_logprobs"), list):
         return {}
-    mass: dict[str, float] = {}
-    for one in (*entry["top_logprobs"], entry):
-        if isinstance(one, Mapping) and isinstance(text := one.get("token"), str):
-            mass.setdefault(text, share(one.get("logprob")))
-    alternatives = {text: undressed for text in mass if (undressed := text.strip(DRESSING))}
-    spelled = {text.lower() for text in alternatives.values()}
-    known, unclear = dict.fromkeys(labels, 0.0), 0.0
-    for text, core in alternatives.items():
-        meant = begun(core, labels)
-        whole = [label for label in meant if label.lower() == core.lower()]
-        longer = [label for label in meant if label not in whole and label.lower() not in spelled]
-        if len(whole or meant) == 1 and not (whole and longer):
-            known[(whole or meant)[0]] += mass[text]
-        elif meant:
-            unclear += mass[text]
-    total = sum(known.values())
     if not opens(str(entry["token"]).strip(DRESSING), said, labels):
         return {}
-    if len(entry["top_logprobs"]) == 0 or total <= 0 or unclear > MOST_UNCLEAR * (total + unclear):
+    alternatives: dict[str, float] = {}  # by text: the token itself may be listed once more
+    for one in (*entry["top_logprobs"], entry):
+        if isinstance(one, Mapping) and isinstance(text := one.get("token"), str):
+            alternatives.setdefault(text, share(one.get("logprob")))
+    known, unclear = by_label(alternatives, labels)
+    total = sum(known.values())
+    if not entry["top_logprobs"] or total <= 0 or unclear > MOST_UNCLEAR * (total + unclear):
         return {}
     return {label: value / total for label, value in known.items()}
+
+
+def by_label(
+    alternatives: Mapping[str, float], labels: Sequence[str]
+) -> tuple[dict[str, float], float]:
+    """The probability of each label, and that of tokens that may begin several."""
+    known, unclear = dict.fromkeys(labels, 0.0), 0.0
+    cores = {text: text.strip(DRESSING).lower() for text in alternatives}
+    for text, core in cores.items():
+        meant = begun(core, labels)
+        whole = [label for label in meant if label.lower() == core]
+        longer = [label for label in meant if label.lower() not in cores.values()]
+        if len(whole or meant) == 1 and not (whole and set(longer) - set(whole)):
+            known[(whole or meant)[0]] += alternatives[text]
+        elif meant:
+            unclear += alternatives[text]
+    return known, unclear
 
 
 def share(logprob: Any) -> float:
@@ -71,20 +78,16 @@ def opens(text: str, said: str, labels: Sequence[str]) -> bool:
     return said in meant and all(label == said for label in meant if label.lower() == text.lower())
 
 
-def token_at(logprobs: Any, content: str, place: int) -> Mapping[str, Any] | None:
+def token_at(logprobs: Any, content: str, place: int) -> dict[str, Any] | None:
     """The entry of the token that covers the character at `place`.
 
     The tokens are laid on the content from its end: what a reasoning model thought may stand before
     it in the list, tokens that end a turn behind it.
     """
-    entries: Any = logprobs.get("content") if isinstance(logprobs, Mapping) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        return None
-    told: list[dict[str, Any]] = entries
     whole = content.encode("utf-8", "surrogatepass")
     wanted, stop = len(content[:place].encode("utf-8", "surrogatepass")), len(whole)
     last = True
-    for entry in reversed(told):
+    for entry in reversed(listed(logprobs)):
         token = spelling(entry)
         if token is None:
             return None
@@ -99,6 +102,15 @@ def token_at(logprobs: Any, content: str, place: int) -> Mapping[str, Any] | Non
         if stop <= wanted:
             return entry
     return None
+
+
+def listed(logprobs: Any) -> list[dict[str, Any]]:
+    """The entries of the tokens, none where there is no list of them."""
+    entries: object = logprobs.get("content") if isinstance(logprobs, Mapping) else None
+    if not isinstance(entries, list):
+        return []
+    found = [entry for entry in entries if isinstance(entry, dict)]
+    return found if len(found) == len(entries) else []
 
 
 def spelling(entry: Mapping[str, Any]) -> bytes | None:

@@ -16,7 +16,11 @@ from align.algorithms.dpo_loss import (
 
 
 def pair(
-    chosen_ratio: float, rejected_ratio: float, *, lengths: tuple[int, int] = (1, 1)
+    chosen_ratio: float,
+    rejected_ratio: float,
+    *,
+    lengths: tuple[int, int] = (1, 1),
+    margin: float = 0.0,
 ) -> PairLogprobs:
     """One pair whose log-ratios are as given; the reference's own log-probabilities are -7 and
     -5.
@@ -30,6 +34,7 @@ def pair(
         reference_rejected=torch.tensor([-5.0], dtype=torch.float64),
         chosen_length=torch.tensor([float(lengths[0])]),
         rejected_length=torch.tensor([float(lengths[1])]),
+        margin=torch.tensor([margin], dtype=torch.float64),
     )
 
 
@@ -53,6 +58,17 @@ def test_sigmoid_with_smoothing_of_a_quarter() -> None:
     loss.backward()
     assert pairs.policy_chosen.grad is not None
     assert pairs.policy_chosen.grad.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_lead_as_large_as_offset_times_margin_is_only_even() -> None:
+    """beta 0.5, log-ratios 2 and -2, so m = 2; a margin of 4 at offset 0.5 asks for just that."""
+    loss = sigmoid_loss(pair(2, -2, margin=4.0), beta=0.5, q=SURE, offset=0.5)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-12)
+
+
+def test_an_offset_asks_nothing_where_the_judge_gave_no_margin() -> None:
+    plain = sigmoid_loss(pair(2, -2), beta=0.5, q=SURE)
+    assert sigmoid_loss(pair(2, -2), beta=0.5, q=SURE, offset=0.5).item() == plain.item()
 
 
 def test_soft_labels_are_smoothed() -> None:
@@ -102,6 +118,7 @@ def test_swapping_the_answers_and_the_label_changes_nothing(name: str) -> None:
         reference_rejected=torch.tensor([-7.0]),
         chosen_length=torch.tensor([2.0]),
         rejected_length=torch.tensor([3.0]),
+        margin=torch.tensor([0.0]),
     )
     back = LOSSES[name](swapped, beta=0.4, q=0.2 * SURE)
     assert there.item() == pytest.approx(back.item(), abs=1e-6)

@@ -47,6 +47,7 @@ SETTINGS = Dpo(
     beta=0.1,
     label_smoothing=0.0,
     soft_labels=True,
+    offset=0.0,
 )
 
 

@@ -102,6 +102,7 @@ def ours(policy: Any, batch: dict[str, torch.Tensor], *, loss: str) -> torch.Ten
         reference_rejected=reference[1],
         chosen_length=lengths[0],
         rejected_length=lengths[1],
+        margin=torch.zeros(len(lengths[0])),
     )
     return LOSSES[loss](pairs, beta=0.3, q=torch.ones(len(lengths[0]))).mean()
 

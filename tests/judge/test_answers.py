@@ -91,6 +91,10 @@ def said(content: Any, form: forms.Form = THREE, *, finish: str = "stop") -> Any
         ('{"reason": "{\\"verdict\\": \\"B\\"}", "verdict": "A"}', "A"),
         ('{"reason": "{{{[[<", "verdict": "A"}', "A"),
         ('{"verdict": "A"}\n{"verdict": "A"}', "A"),
+        ('{"verdict": "A", "reason": "B guesses"}', "A"),
+        ('{"answer": {"verdict": "A"}}', "A"),
+        ('{"verdict": ["A"]}', "A"),
+        ('{"verdict": "A', "A"),
         # Thinking.
         ("<think>Verdict: B? No.</think>Verdict: A", "A"),
         ("<think>\nVerdict: B\n</think>\n\nVerdict: A", "A"),
@@ -134,6 +138,8 @@ def test_answers_as_models_write_them_are_read(content, label):
         "Verdict: ",
         "Verdict: (one of A, B, tie)",
         "Verdict: A\nVerdict: B",
+        "Verdict: A, for it is right",
+        "Verdict: A because B only says\nVerdict: B",
         "Verdict: A. No, wait.\nVerdict: B",
         "Response B says\nVerdict: B\nwhich is a trick.\nVerdict: A",
         "The verdict is not B",
@@ -145,15 +151,12 @@ def test_answers_as_models_write_them_are_read(content, label):
         '{"verdict": "C"}',
         '{"verdict": null}',
         '{"verdict": true}',
-        '{"verdict": ["A"]}',
         '{"verdict": {"A": 1}}',
-        '{"answer": {"verdict": "A"}}',
         '{"verdict": "A", "verdict": "B"}',
         '{"verdict": "not A"}',
         '{"verdict": "A"} {"verdict": "B"}',
         '{"verdict": "A"}\nVerdict: B',
         '[{"verdict": "A"}, {"verdict": "B"}]',
-        '{"verdict": "A',
         "<think>Verdict: A",
         "<think>Verdict: A</think>",
         "<think>A</think>\n",
@@ -347,8 +350,10 @@ def mangled(value: Any, rng: random.Random) -> Any:
 def test_whatever_is_sent_nothing_is_raised():
     rng = random.Random(7)
     top = [{"token": "A", "logprob": -0.1, "bytes": [65]}, {"token": "B", "logprob": -3}]
-    entries = [{"token": "Verdict:", "logprob": 0.0}, {"token": " A", "logprob": -0.1,
-                                                       "bytes": [32, 65], "top_logprobs": top}]
+    entries = [
+        {"token": "Verdict:", "logprob": 0.0},
+        {"token": " A", "logprob": -0.1, "bytes": [32, 65], "top_logprobs": top},
+    ]
     good = body("Verdict: A") | {"usage": {"prompt_tokens": 3, "completion_tokens": 4}}
     good["choices"][0]["logprobs"] = {"content": entries}
     forms_ = (TWO, MARK, RANKED, forms.pairwise(scale="two", criteria=("tone",)))
@@ -366,8 +371,35 @@ def test_whatever_is_sent_nothing_is_raised():
 
 def test_random_text_is_never_a_crash():
     rng = random.Random(8)
-    bits = ["Verdict", ":", " ", "\n", "A", "B", "tie", "{", "}", '"', "verdict", "[", "]", "<think>",
-            "</think>", "8", ".", "/10", ">", ",", "é", "\ud83d", "</s>", "1.", "*", "\\", "not "]
+    bits = [
+        "Verdict",
+        ":",
+        " ",
+        "\n",
+        "A",
+        "B",
+        "tie",
+        "{",
+        "}",
+        '"',
+        "verdict",
+        "[",
+        "]",
+        "<think>",
+        "</think>",
+        "8",
+        ".",
+        "/10",
+        ">",
+        ",",
+        "é",
+        "\ud83d",
+        "</s>",
+        "1.",
+        "*",
+        "\\",
+        "not ",
+    ]
     for _ in range(5000):
         content = "".join(rng.choices(bits, k=rng.randrange(20)))
         for form in (TWO, MARK, RANKED):
@@ -377,8 +409,8 @@ def test_random_text_is_never_a_crash():
 @pytest.mark.parametrize(
     "text",
     [
-        "\n", " ", "*", "Verdict", "Verdict: ", "Verdict:\n", "{", '{"verdict": ', '{"a', "A\n", "A ",
-        "the ", "<think>", "</think>", "</s>", "1. A\n", "A > ", "[[", "\u00a0", "\\", "verdict*",
+        "\n", " ", "*", "Verdict", "Verdict: ", "Verdict:\n", "{", '{"verdict": ', '{"a', "A\n",
+        "A ", "the ", "<think>", "</think>", "</s>", "1. A\n", "A > ", "[[", "\u00a0", "\\", "verdict*",
         '{"verdict": "A"}', "verdict : ", "(", '"verdict":', "<", "the the the verdict ",
     ],
 )  # fmt: skip

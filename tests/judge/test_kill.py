@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.judge.killing import Killing, answered_again, books, kill_until_finished
 from tests.judge.labelling import (
-    Killing,
     Labelling,
     PaidServer,
-    answered_again,
-    books,
     ended,
-    kill_until_finished,
     read_jsonl,
     spawn,
     write_candidates,
@@ -117,7 +114,7 @@ def test_ctrl_c_keeps_what_is_under_way_and_the_same_command_asks_the_rest(
     told = ended(child, status=130)
     lines = [line for line in told.splitlines() if "interrupted" in line or "error" in line]
     assert len(lines) == 1 and "To go on: python -m align.judge candidates=" in lines[0]
-    stats, found = server.settled(), work.books()
+    stats, found = server.settled(), books(work.ledger)
     assert stats["aborted"] == 0 and stats["received"] < 2 * PAIRS
     assert found.answers == stats["answered"] and not found.under_way and not found.uncertain
     work.finish()
@@ -148,6 +145,6 @@ def test_a_recipe_killed_while_it_labels_asks_for_no_finished_answer_again(serve
     assert stats["duplicates"] <= lost and stats["answered"] == found.answers + lost
     assert found.twice == 0 and found.spent + found.uncertain >= server.charged()
     log = [line for line in server.log() if line["t"] > began]
-    assert not answered_again(log, [killed], window=5)
+    assert not answered_again(log, [killed], window=2)
     latest = tmp_path / "runs" / "dpo" / "latest"
     assert len(read_jsonl(latest / "verdicts.jsonl")) == (found.answers - 1) / 2

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from align.records import STATUSES
+from tests.judge.killing import books
 from tests.judge.labelling import (
     LLMBAR,
     Labelling,
@@ -56,7 +57,7 @@ def test_with_three_faults_in_ten_answers_no_label_is_wrong_and_every_row_ends_i
         work = labelling(server, candidates, tmp_path, f"judge.budget_usd={cap}")
         work.finish()
         assert_all_named_and_none_wrong(work)
-        stats, found = server.stats(), work.books()
+        stats, found = server.stats(), books(work.ledger)
         assert len(stats["faults"]) == len(FAULTS)
         assert sum(stats["faults"].values()) > 0.2 * stats["received"]
         assert server.charged() <= found.spent + found.uncertain <= cap * 1e9
@@ -68,13 +69,13 @@ def test_a_budget_that_is_hit_is_never_passed_and_raising_it_loses_nothing(candi
         small = labelling(server, candidates, tmp_path, f"judge.budget_usd={cap}")
         told = ended(small.start(), status=1)
         assert f"judge.budget_usd={cap}: the next request could pass" in told
-        before, charged = small.books(), server.charged()
+        before, charged = books(small.ledger), server.charged()
         assert 0 < charged <= before.spent + before.uncertain <= cap * 1e9
         assert not before.under_way and not wrong_labels(candidates, small.verdicts())
         ample = labelling(server, candidates, tmp_path, "judge.budget_usd=0.5")
         ample.finish()
         assert_all_named_and_none_wrong(ample)
-        after = ample.books()
+        after = books(ample.ledger)
         assert not {k for k, n in before.answered.items() if n > after.answered[k]}
         assert server.charged() <= after.spent + after.uncertain <= 0.5 * 1e9
 

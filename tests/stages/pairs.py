@@ -31,6 +31,7 @@ ALGORITHM = Dpo(
     beta=0.1,
     label_smoothing=0.0,
     soft_labels=True,
+    offset=0.0,
 )
 LORA = Lora(name="lora", rank=4, alpha=8, dropout=0.0, target_modules="all-linear")
 
