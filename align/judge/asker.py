@@ -253,7 +253,7 @@ class Asker:
                 failures += 1
                 if failures >= self.settings.max_attempts:
                     return tried
-                await asyncio.sleep(full_jitter(failures, self.rng))
+                await self.wait(full_jitter(failures, self.rng))
             elif time.monotonic() - started > self.settings.give_up_after_s:
                 return tried
 
@@ -304,7 +304,11 @@ class Asker:
             self.tell(
                 f"{self.endpoint.url} asks for slower requests; the next goes in {wait:.0f} s"
             )
-        until = time.monotonic() + wait
+        await self.wait(wait)
+
+    async def wait(self, seconds: float) -> None:
+        """Sleeps, unless the run is being stopped."""
+        until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 1.0))
             self.check()

@@ -85,7 +85,8 @@ def find_key(base_url: str | None, api_key_env: str | None) -> str | None:
     Raises:
         JudgeError: the variable is not set.
     """
-    name = api_key_env or ("OPENAI_API_KEY" if base_url in (None, OPENAI) else None)
+    openai = (base_url or OPENAI).rstrip("/") == OPENAI
+    name = api_key_env or ("OPENAI_API_KEY" if openai else None)
     if name is None:
         return None
     key = os.environ.get(name, "").strip()

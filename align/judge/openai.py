@@ -59,7 +59,6 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Openai) -> Asy
                         await tally.count(verdict)
                         yield verdict
         await tally.write()
-        tell_spending(bench.asker)
 
 
 @contextlib.asynccontextmanager
@@ -77,12 +76,15 @@ async def opened(settings: Openai) -> AsyncIterator["Bench"]:
     try:
         with Ledger.open(Path(settings.ledger)) as ledger:
             asker = Asker(settings, ledger, endpoint, price, Capability.assumed(settings))
-            asker.able = await capability(asker)
-            async with contextlib.AsyncExitStack() as stack:
-                other = None
-                if settings.escalate is not None:
-                    other = await stack.enter_async_context(another(settings.escalate))
-                yield Bench(asker=asker, escalation=other)
+            try:
+                asker.able = await capability(asker)
+                async with contextlib.AsyncExitStack() as stack:
+                    other = None
+                    if settings.escalate is not None:
+                        other = await stack.enter_async_context(another(settings.escalate))
+                    yield Bench(asker=asker, escalation=other)
+            finally:
+                tell_spending(asker)
     finally:
         await endpoint.close()
 
@@ -226,7 +228,9 @@ def draining(asker: Asker) -> Iterator[None]:
 
 
 def tell_spending(asker: Asker) -> None:
-    """One line about what this run sent and what the judge has cost so far."""
+    """One line about what this run sent, if anything, and what the judge has cost so far."""
+    if not asker.sent:
+        return
     told = asker.ledger.spending(asker.settings.judge)
     unsure = f", possibly {usd(told.uncertain):.4f} more" if told.uncertain else ""
     print(

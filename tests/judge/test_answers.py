@@ -410,8 +410,9 @@ def test_random_text_is_never_a_crash():
     "text",
     [
         "\n", " ", "*", "Verdict", "Verdict: ", "Verdict:\n", "{", '{"verdict": ', '{"a', "A\n",
-        "A ", "the ", "<think>", "</think>", "</s>", "1. A\n", "A > ", "[[", "\u00a0", "\\", "verdict*",
-        '{"verdict": "A"}', "verdict : ", "(", '"verdict":', "<", "the the the verdict ",
+        "A ", "the ", "<think>", "</think>", "</s>", "1. A\n", "A > ", "[[", "\u00a0", "\\",
+        "verdict*", '{"verdict": "A"}', "verdict : ", "(", '"verdict":', "<",
+        "the the the verdict ",
     ],
 )  # fmt: skip
 def test_hostile_length_is_read_in_a_moment(text):

@@ -52,7 +52,7 @@ def top(before: str = "", after: str = "") -> dict[str, float]:
         ("Verdict: A", [entry("Verdict:"), entry(" "), entry("A", top())]),
         ("Verdict: Response A", [entry("Verdict:"), entry(" Response"), entry(" A", top(" "))]),
         ("Verdict: Assistant A", [entry("Verdict: Assistant"), entry(" A", top(" "))]),
-        ("Verdict: A\nA is fine.", [entry("Verdict:"), entry(" A", top(" ")), entry("\nA is fine.")]),
+        ("Verdict: A\nA is", [entry("Verdict:"), entry(" A", top(" ")), entry("\nA is")]),
         ("**Verdict:** A", [entry("**"), entry("Verdict"), entry(":**"), entry(" A", top(" "))]),
         ('{"verdict": "A"}', [entry('{"'), entry("verdict"), entry('":'), entry(' "'),
                               entry("A", top()), entry('"}')]),
@@ -63,13 +63,14 @@ def top(before: str = "", after: str = "") -> dict[str, float]:
         ('{"reason": "A leads", "verdict": "A"}',
          [entry('{"reason": "'), entry("A", {"A": 0.5, "B": 0.5}), entry(' leads", "verdict": "'),
           entry("A", top()), entry('"}')]),
+        # The endpoint took the thinking off.
         ("Verdict: A", [entry("<think>"), entry("B", {"B": 1.0}), entry("</think>"), entry("\n\n"),
-                        entry("Verdict:"), entry(" A", top(" "))]),  # the content lacks the thinking
+                        entry("Verdict:"), entry(" A", top(" "))]),
         ("<think>B</think>Verdict: A", [entry("<think>"), entry("B", {"B": 1.0}),
                                         entry("</think>Verdict:"), entry(" A", top(" "))]),
         ("Verdict: A", [entry("\ufffd"), entry("Verdict:"), entry(" A", top(" "))]),
-        ("Verdict: A é", [entry("Verdict:"), entry(" A", top(" ")),
-                          entry("\ufffd", bytes=[32, 0xC3]), entry("\ufffd", bytes=[0xA9])]),
+        ("Verdict: A\né", [entry("Verdict:"), entry(" A", top(" ")),
+                           entry("\ufffd", bytes=[10, 0xC3]), entry("\ufffd", bytes=[0xA9])]),
         ("Verdict: A", [entry(""), entry("Verdict:"), entry(" A", top(" ")), entry("")]),
     ],
 )  # fmt: skip
