@@ -251,7 +251,7 @@ def test_a_second_algorithm_brings_its_own_defaults_and_leaves_the_others_behind
     own = tmp_path / "conf" / "algorithm"
     own.mkdir(parents=True)
     body = yaml.safe_load((CONF / "algorithm" / "dpo.yaml").read_text())
-    for key in ("beta", "loss", "label_smoothing", "soft_labels"):
+    for key in ("beta", "loss", "label_smoothing", "soft_labels", "offset"):
         del body[key]
     body |= {"name": "mine", "module": "my_algorithm", "gamma": 0.7, "learning_rate": 1e-5}
     (own / "mine.yaml").write_text(yaml.safe_dump(body))

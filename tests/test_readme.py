@@ -42,7 +42,7 @@ def mine(tmp_path) -> Path:
     (tmp_path / "my_source.py").write_text(example("A source"))
     (tmp_path / "my_algorithm.py").write_text(example("An algorithm"))
     body = yaml.safe_load((CONF / "algorithm" / "dpo.yaml").read_text())
-    for key in ("beta", "loss", "label_smoothing", "soft_labels"):
+    for key in ("beta", "loss", "label_smoothing", "soft_labels", "offset"):
         del body[key]
     own = body | {"name": "mine", "module": "my_algorithm"}
     (tmp_path / "conf" / "algorithm" / "mine.yaml").write_text(yaml.safe_dump(own))

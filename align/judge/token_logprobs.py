@@ -87,7 +87,7 @@ def token_at(logprobs: Any, content: str, place: int) -> dict[str, Any] | None:
     whole = content.encode("utf-8", "surrogatepass")
     wanted, stop = len(content[:place].encode("utf-8", "surrogatepass")), len(whole)
     last = True
-    for entry in reversed(listed(logprobs)):
+    for entry in listed(logprobs)[::-1]:
         token = spelling(entry)
         if token is None:
             return None

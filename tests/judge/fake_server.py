@@ -40,7 +40,7 @@ Json = dict[str, Any]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHAT = "/v1/chat/completions"
-BLOCK = re.compile(r'<response_([A-Z])_(\w+)>\s*(".*")\s*</response_\1_\2>')
+BLOCK = re.compile(r'<response_([A-Z])_(\w+)>\s*(".*")(?: \[… \+\d+\])?\s*</response_\1_\2>')
 TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
 OFFER = re.compile(r"\bone of (\w+(?:, \w+)*)")
 CRITERION = re.compile(r"^([\w -]+): \(one of ", re.MULTILINE)

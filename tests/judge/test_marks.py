@@ -24,15 +24,9 @@ from tests.judge.labelling import (
     wrong_labels,
 )
 
-PAIRS = 150
 FAULTS = mishaps(0.3, slow_down=0.2)
 # Time-outs are among the faults; a patient breaker, for a suite on a busy machine.
 PATIENT = ("judge.timeout_s=1.5", "judge.concurrency=16")
-
-
-@pytest.fixture
-def candidates(tmp_path: Path) -> Path:
-    return write_candidates(tmp_path / "candidates.jsonl", PAIRS)
 
 
 def labelling(server: PaidServer, candidates: Path, folder: Path, *more: str) -> Labelling:
@@ -41,30 +35,32 @@ def labelling(server: PaidServer, candidates: Path, folder: Path, *more: str) ->
     )
 
 
-def assert_all_named_and_none_wrong(work: Labelling) -> None:
+def assert_all_named_and_none_wrong(work: Labelling, *, pairs: int) -> None:
     verdicts = work.verdicts()
-    assert [v["id"] for v in verdicts] == [f"p{n}" for n in range(PAIRS)]
+    assert [v["id"] for v in verdicts] == [f"p{n}" for n in range(pairs)]
     assert set(statuses(verdicts)) <= set(STATUSES)
     assert not wrong_labels(work.candidates, verdicts)
-    assert sum(v["status"] == "ok" for v in verdicts) > 0.75 * PAIRS
+    assert sum(v["status"] == "ok" for v in verdicts) > 0.75 * pairs
 
 
 def test_with_three_faults_in_ten_answers_no_label_is_wrong_and_every_row_ends_in_a_status(
-    candidates, tmp_path
+    tmp_path,
 ):
-    cap = 0.5
+    pairs, cap = 150, 0.5
+    candidates = write_candidates(tmp_path / "candidates.jsonl", pairs)
     with PaidServer(tmp_path, faults=FAULTS, seed=1) as server:
         work = labelling(server, candidates, tmp_path, f"judge.budget_usd={cap}")
         work.finish()
-        assert_all_named_and_none_wrong(work)
+        assert_all_named_and_none_wrong(work, pairs=pairs)
         stats, found = server.stats(), books(work.ledger)
         assert len(stats["faults"]) == len(FAULTS)
         assert sum(stats["faults"].values()) > 0.2 * stats["received"]
         assert server.charged() <= found.spent + found.uncertain <= cap * 1e9
 
 
-def test_a_budget_that_is_hit_is_never_passed_and_raising_it_loses_nothing(candidates, tmp_path):
-    cap = 0.05
+def test_a_budget_that_is_hit_is_never_passed_and_raising_it_loses_nothing(tmp_path):
+    pairs, cap = 60, 0.02
+    candidates = write_candidates(tmp_path / "candidates.jsonl", pairs)
     with PaidServer(tmp_path, faults=FAULTS, seed=2, latency=0.01) as server:
         small = labelling(server, candidates, tmp_path, f"judge.budget_usd={cap}")
         told = ended(small.start(), status=1)
@@ -74,7 +70,7 @@ def test_a_budget_that_is_hit_is_never_passed_and_raising_it_loses_nothing(candi
         assert not before.under_way and not wrong_labels(candidates, small.verdicts())
         ample = labelling(server, candidates, tmp_path, "judge.budget_usd=0.5")
         ample.finish()
-        assert_all_named_and_none_wrong(ample)
+        assert_all_named_and_none_wrong(ample, pairs=pairs)
         after = books(ample.ledger)
         assert not {k for k, n in before.answered.items() if n > after.answered[k]}
         assert server.charged() <= after.spent + after.uncertain <= 0.5 * 1e9
