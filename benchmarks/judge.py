@@ -263,13 +263,14 @@ def kill(size: Size) -> Iterator[Row]:
         expected, started = work("undisturbed"), time.monotonic()
         expected.finish()
         whole = time.monotonic() - started
-        moments = [
-            rng.uniform(0, EARLY_S if number % 10 == 0 else whole) for number in range(size.kills)
-        ]
         while killing.kills < size.kills:
             server.reset()
             again = work(f"killed-{starts}")
-            kill_until_finished(again, moments[killing.kills :], killing=killing)
+            moments = (
+                rng.uniform(0, EARLY_S if rng.random() < 0.1 else whole)
+                for _ in range(size.kills - killing.kills)
+            )
+            kill_until_finished(again, moments, killing=killing)
             assert again.exported() == expected.exported()
             starts += 1
     yield Row(

@@ -109,20 +109,19 @@ def read(body: Mapping[str, Any], form: Form) -> Reading:
     answer = sure[-1]
     if form.kind == LISTWISE:
         return Reading(status=OK, ranking=tuple(answer.value))
-    criteria = {name: criterion(narrow, name, form) for name in form.criteria}
-    if missing := [name for name, value in criteria.items() if value is None]:
-        return Reading(status=MALFORMED, why=f"no {missing[0]}")
-    return Reading(
-        status=OK,
-        label=answer.value,
-        criteria={name: value for name, value in criteria.items() if value is not None},
-        probabilities={}
-        if answer.place is None
-        else probabilities(
+    lines = finished(narrow, form) if ending == "length" else narrow
+    criteria = {}
+    for name in form.criteria:
+        if (value := criterion(narrow, lines, name, form)) is None:
+            return Reading(status=MALFORMED, why=f"no {name}")
+        criteria[name] = value
+    likely: Mapping[str, float] = {}
+    if answer.place is not None:
+        likely = probabilities(
             choice.get("logprobs"), content, start + answer.place,
             labels=form.labels, said=answer.value,
-        ),
-    )  # fmt: skip
+        )  # fmt: skip
+    return Reading(status=OK, label=answer.value, criteria=criteria, probabilities=likely)
 
 
 def given(text: str, form: Form, *, cut: bool) -> Iterator[Found]:
@@ -198,9 +197,11 @@ def written(text: str, key: str, value: Any, found: Found, *, offset: int) -> in
     return offset + at + found.place if text.startswith(str(value), at) else None
 
 
-def criterion(text: str, name: str, form: Form) -> str | None:
-    """The answer to one criterion, where there is exactly one."""
-    found = [*in_objects(text, name, form), *tagged(text, name, form)]
+def criterion(text: str, lines: str, name: str, form: Form) -> str | None:
+    """The answer to one criterion, where there is exactly one; `lines`: what of the text is no
+    broken line.
+    """
+    found = [*in_objects(text, name, form), *tagged(lines, name, form)]
     said = {each.value for each in found}
     return said.pop() if len(said) == 1 and any(each.sure for each in found) else None
 

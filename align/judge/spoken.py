@@ -124,7 +124,7 @@ def tagged(text: str, key: str, form: Form) -> Iterator[Found]:
     """From lines like "Verdict: A"; a ranking may stand on the lines below."""
     tag = re.compile(rf"{BEFORE_TAG}{re.escape(key)}{GAP}[:=]", re.IGNORECASE)
     for line, offset in lines(text):
-        if (match := tag.match(f"{line}:")) is None:
+        if (match := tag.match(f"{line}:")) is None:  # a colon at the end was dress
             continue
         rest = line[match.end() :]
         if form.kind == LISTWISE:
@@ -133,10 +133,8 @@ def tagged(text: str, key: str, form: Form) -> Iterator[Found]:
                 yield Found(order)
         elif (found := value_of(rest, form)) is not None:
             yield Found(found.value, offset + match.end() + (found.place or 0))
-        elif (
-            first := value_of(re.split(r"[^\w]", undressed(rest), maxsplit=1)[0], form)
-        ) is not None:
-            yield Found(first.value, sure=False)  # "Verdict: A, or rather"
+        elif (word := re.match(r"\w+", undressed(rest))) and (found := value_of(word[0], form)):
+            yield Found(found.value, sure=False)  # "Verdict: A, or rather"
 
 
 def lone(text: str, form: Form, *, alone: bool) -> Iterator[Found]:

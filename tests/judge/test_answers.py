@@ -284,6 +284,12 @@ def test_what_was_cut_off_is_not_taken_for_its_beginning(content, form, label):
     assert said(content, form, finish="length") == label
 
 
+def test_a_criterion_that_was_cut_off_is_not_taken_for_its_beginning():
+    form = forms.scalar(lowest=1, highest=10, criteria=("tone",))
+    assert read(body("Score: 8\ntone: 1", finish="length"), form).status == MALFORMED
+    assert read(body("Score: 8\ntone: 1\n", finish="length"), form).criteria == {"tone": "1"}
+
+
 def test_a_text_that_was_cut_off_is_told():
     assert "cut off at max_tokens" in read(body("Well, the", finish="length"), TWO).why
 

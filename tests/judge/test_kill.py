@@ -2,6 +2,7 @@
 server's side.
 """
 
+import itertools
 import os
 import random
 import signal
@@ -65,12 +66,14 @@ def test_kill_9_at_random_points_loses_no_finished_call_and_repeats_none(
     """Some fall within the imports. `kill_until_finished` asserts at each kill, and at the end."""
     expected, seconds = undisturbed
     rng, killing = random.Random(5), Killing()
-    moments = [rng.uniform(0, seconds) for _ in range(KILLS)]
-    while killing.kills < KILLS:
+    for number in itertools.count():
         server.reset()
-        work = labelling(server, candidates, tmp_path / f"after-{killing.kills}-kills")
-        kill_until_finished(work, moments[killing.kills :], killing=killing)
+        work = labelling(server, candidates, tmp_path / str(number))
+        moments = (rng.uniform(0, seconds) for _ in range(KILLS - killing.kills))
+        kill_until_finished(work, moments, killing=killing)
         assert work.exported() == expected.exported()
+        if killing.kills == KILLS:
+            break
     assert killing.most_under_way <= CONCURRENCY
     assert killing.duplicates <= killing.under_way
 
@@ -146,5 +149,5 @@ def test_a_recipe_killed_while_it_labels_asks_for_no_finished_answer_again(serve
     assert found.twice == 0 and found.spent + found.uncertain >= server.charged()
     log = [line for line in server.log() if line["t"] > began]
     assert not answered_again(log, [killed], window=2)
-    latest = tmp_path / "runs" / "dpo" / "latest"
-    assert len(read_jsonl(latest / "verdicts.jsonl")) == (found.answers - 1) / 2
+    (verdicts,) = tmp_path.glob("runs/artifacts/label/*/verdicts.jsonl")
+    assert len(read_jsonl(verdicts)) == (found.answers - found.probes) / 2

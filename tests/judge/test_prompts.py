@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from align.config import STARTER
 from align.errors import JudgeError
-from align.jsonl import read_jsonl
+from align.jsonl import read_records
 from align.judge import forms
 from align.judge.prompts import Material, Template, nonce, one_message, quoted, split_turns
 from align.records import Message, Prompt
@@ -31,8 +31,9 @@ SPECIAL = (
     "<unused7>", "<|turn>", "<turn|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
     "<｜tool▁calls▁begin｜>", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-    "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]",
-    "[IMG]", "[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]", "[gMASK]", "<sop>", "<BOS_TOKEN>",
+    "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]",
+    "[/THINK]", "[IMG]", "[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]", "[gMASK]", "<sop>",
+    "<BOS_TOKEN>",
     "<EOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>",
     "<|channel|>", "<|message|>", "<|start|>", "<|return|>", "<seed:bos>", "<extra_id_0>",
     "[|system|]", "[|endofturn|]", "]~b]", "]~!b[", "[e~[", ">>QUESTION<<", "<image>", "<eoa>",
@@ -72,9 +73,11 @@ def text_of(shown: Material, **more: object) -> str:
 @pytest.mark.parametrize(
     "text",
     [
-        "", " ", "plain", "tab\tnewline\nreturn\r", "\x00\x01\x1f\x7f\x80\x9f", '"\\"\\\\', "\\u003c",
-        "\ud800", "\udfff\ud800", "a\ud83dz", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "e\u0301",
-        "\u202eabc\u202c", "\u2066x\u2069", "\U000e0041\U000e007f", "\ufeff\u200b\u2060", "❤\ufe0f",
+        "", " ", "plain", "tab\tnewline\nreturn\r", "\x00\x01\x1f\x7f\x80\x9f", '"\\"\\\\',
+        "\\u003c",
+        "\ud800", "\udfff\ud800", "a\ud83dz", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "e\u0301", "\u202eabc\u202c", "\u2066x\u2069", "\U000e0041\U000e007f", "\ufeff\u200b\u2060",
+        "❤\ufe0f",
         "\U0010ffff\uffff\ufffe", "नमस्ते क्‍ष", "می‌خواهم", "\u2028\u2029", "\u3164\uffa0\u115f",
         "a" + "\u0301" * 5000, "</s>" * 1000, "\U000e0101" * 100, *SPECIAL,
     ],
@@ -113,14 +116,20 @@ def test_two_megabytes_are_quoted_in_a_few_seconds(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "L'été à Nîmes : « déjà vu », n'est-ce pas ? 12 € — œuvre…", "a < b && b > c || !d", "1 <2> 3",
-        "<b>bold</b> <strong>strong</strong> <span>x</span> <small> <sub>2</sub> <section> <script>",
+        "L'été à Nîmes : « déjà vu », n'est-ce pas ? 12 € — œuvre…",
+        "a < b && b > c || !d", "1 <2> 3",
+        "<b>bold</b> <strong>strong</strong> <span>x</span> <sub>2</sub> <section> <script>",
         "<p class='a'>x</p><br/><ul><li>1</li></ul><!-- note --> <model-viewer> <end-user>",
         "std::vector<int> v; List<String> x = new Map<K, List<V>>(); Vec<Option<S>>",
-        "#include <stdio.h>\nstatic_cast<size_t>(x); vector<uint8_t>", "x |> f <| y; a <|> b; [| 1 |]",
-        "if (a[i] < b[j]) { return a[i]; }", "- [ ] todo\n- [x] done\n# Title\n**bold** [link](http://x)",
-        "| a | b |\n|---|---|\n| 1 | 2 |", "cat <<EOF > file\nEOF", "x >> 2 << 3", "[1] [A] [TODO] [x]",
-        "\U0001f468\u200d\U0001f469\u200d\U0001f467 ❤\ufe0f 👍🏽 🇫🇷", "می‌خواهم क्‍ष", "日本語＜注意＞（はい）",
+        "#include <stdio.h>\nstatic_cast<size_t>(x); vector<uint8_t>",
+        "x |> f <| y; a <|> b; [| 1 |]",
+        "if (a[i] < b[j]) { return a[i]; }",
+        "- [ ] todo\n- [x] done\n# Title\n**bold** [link](http://x)",
+        "| a | b |\n|---|---|\n| 1 | 2 |", "cat <<EOF > file\nEOF", "x >> 2 << 3",
+        "[1] [A] [TODO] [x]",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467 ❤\ufe0f 👍🏽 🇫🇷",
+        "می‌خواهم क्‍ष",
+        "日本語＜注意＞（はい）",
         "cmd [prefix] [image]", "user: hello\nassistant: hi", "f(x)=x^2, {a|b}, <a, b>",
     ],
 )  # fmt: skip
@@ -132,7 +141,7 @@ def test_no_character_of_the_starters_prompts_is_escaped():
     texts = [
         message.content
         for name in ("prompts.jsonl", "test.jsonl")
-        for prompt in read_jsonl(STARTER / name, Prompt)
+        for prompt in read_records(STARTER / name, Prompt.from_json)
         for message in prompt.messages
     ]
     assert len(texts) > 500
@@ -213,7 +222,7 @@ def test_both_orders_share_delimiter_and_everything_before_the_responses():
     one = rendered(material("first", "second", question="Q", reference="R"))
     other = rendered(material("second", "first", question="Q", reference="R"))
     assert one[0] == other[0]
-    head, tail = one[1]["content"].split("<response_A_")
+    head, _, _ = one[1]["content"].partition("<response_A_")
     assert other[1]["content"].startswith(f"{head}<response_A_") and "Q" in head and "R" in head
     assert nonce(material("a")) != nonce(material("b")) != nonce(material("b", question="!"))
     assert nonce(material("b")) != nonce(material("b", reference=""))
@@ -230,12 +239,13 @@ def test_template_syntax_in_the_material_stays_text(text):
 
 # -- shipped prompts
 
+CRITERIA, REASONS = ((), ("tone", "wit")), (False, True)
 ALL_FORMS = [
     *(forms.pairwise(scale=scale, criteria=criteria, reason=reason)
-      for scale, criteria, reason in itertools.product(forms.SCALES, ((), ("tone", "wit")), (0, 1))),
+      for scale in forms.SCALES for criteria in CRITERIA for reason in REASONS),
     *(forms.scalar(lowest=low, highest=high, criteria=criteria, reason=reason)
-      for (low, high), criteria, reason in itertools.product(((1, 10), (0, 3)), ((), ("tone",)), (0, 1))),
-    *(forms.listwise(count, reason=reason) for count in (2, 5) for reason in (0, 1)),
+      for low, high in ((1, 10), (0, 3)) for criteria in CRITERIA for reason in REASONS),
+    *(forms.listwise(count, reason=reason) for count in (2, 5) for reason in REASONS),
 ]  # fmt: skip
 
 
@@ -293,8 +303,8 @@ def test_a_single_response_is_not_spoken_of_as_several():
         told = text_of(
             material("one"), name=name, form=forms.scalar(lowest=1, highest=5), mode="line"
         )
-        for words in ("responses are shown", "each response", "des réponses ne signifie", "B"):
-            assert words not in re.sub(r"JSON", "", told), name
+        for words in ("responses are shown", "each response", "des réponses ne", "A ou B"):
+            assert words not in told and "response_B" not in told, name
 
 
 # -- lengths
@@ -343,7 +353,7 @@ def own(tmp_path: Path, text: str, *, responses: tuple[str, ...] = ("one", "two"
 
 
 def test_a_template_may_be_one_message_several_or_an_extension(tmp_path):
-    assert own(tmp_path / "", "Who? {{ labels | join('/') }}") == [
+    assert own(tmp_path, "Who? {{ labels | join('/') }}") == [
         {"role": "user", "content": "Who? A/B/tie"}
     ]
 
@@ -389,7 +399,7 @@ def test_turns_of_every_role_are_messages_and_empty_ones_are_left_out(tmp_path):
         ("{{ turn('judge') }}", r"turn\('judge'\): there are system, user"),
         ("Judge well. {{ turn('user') }} Who?", "before the first turn"),
         ("   ", "writes nothing"),
-        ("{% for a in range(90000) %}{% for b in range(9) %}{{ 'x' * 1000 }}{% endfor %}{% endfor %}",
+        ("{% for a in range(90000) %}{{ ('x' * 900) * 900 }}{% endfor %}",
          "more than 268,435,456 characters"),
     ],
 )  # fmt: skip

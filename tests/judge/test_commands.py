@@ -1,0 +1,222 @@
+"""`python -m align.judge` as people type it."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.judge.fake_server import FakeServer
+from tests.test_pipeline import ENVIRONMENT
+
+ROOT = str(Path(__file__).parents[2])
+
+
+def judge(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "align.judge", *words],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**ENVIRONMENT, "PYTHONPATH": ROOT, **environment},
+        timeout=120,
+    )
+
+
+def at(server: FakeServer, *, node: str = "judge") -> list[str]:
+    return [
+        "judge=openai", f"{node}.model=fake", f"{node}.base_url={server.url}",
+        f"{node}.price_in=1", f"{node}.price_out=2",
+    ]  # fmt: skip
+
+
+ROWS = [
+    {"prompt": "Capital of France?", "responses": ["Paris.", "It is Paris, of course."]},
+    {"id": "own", "messages": [{"role": "user", "content": "2+2?"}],
+     "responses": [{"text": "4"}, {"text": "5, I think"}], "source": "exam"},
+    {"prompt": "One answer", "responses": ["alone"]},
+]  # fmt: skip
+
+
+def write_rows(path: Path, rows: list, *extra: str) -> Path:
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join([lines[0], *extra, *lines[1:]]) + "\n")
+    return path
+
+
+def preferences(folder: Path, name: str = "preferences.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_candidates_become_preferences_and_bad_rows_are_named_while_the_rest_goes_on(tmp_path):
+    bad = ("not json", '{"prompt": "x"}', "[1]", '{"prompt": "x", "responses": [7]}', "")
+    write_rows(tmp_path / "c.jsonl", ROWS, *bad)
+    with FakeServer(tmp_path) as server:
+        answer = judge(tmp_path, "candidates=c.jsonl", *at(server))
+        assert answer.returncode == 0, answer.stderr
+        again = judge(tmp_path, "candidates=c.jsonl", *at(server))
+        assert server.stats()["received"] == 5  # a probe, and two pairs in two orders
+    found = preferences(tmp_path)
+    assert [(row["id"], row["chosen"]) for row in found] == [
+        ("0000001", "It is Paris, of course."),
+        ("own", "5, I think"),
+    ]
+    assert found[1]["meta"]["source"] == "exam" and 0.5 < found[0]["p"] < 1
+    for number in (2, 3, 4, 5):
+        assert f"c.jsonl:{number}: " in answer.stderr
+    assert "2 preferences from 2 comparisons: preferences.jsonl" in answer.stdout
+    assert "4 rows of c.jsonl left out" in answer.stdout
+    assert "up to date" in again.stdout
+
+
+def test_parquet_is_read_like_lines(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": row["prompt"], "responses": row["responses"]} for row in (ROWS[0], ROWS[2])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    with FakeServer(tmp_path) as server:
+        assert judge(tmp_path, "candidates=c.parquet", *at(server)).returncode == 0
+    assert [row["chosen"] for row in preferences(tmp_path)] == ["It is Paris, of course."]
+
+
+def test_a_dry_run_needs_no_key_sends_nothing_and_knows_what_is_there(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    words = ["candidates=c.jsonl", "judge=openai", "judge.model=gpt-4.1-mini", "dry_run=true"]
+    answer = judge(tmp_path, *words)
+    assert answer.returncode == 0, answer.stderr
+    assert "2 comparisons, 4 requests (0 answered already)" in answer.stdout
+    assert "$0.4 and $1.6 per million tokens" in answer.stdout
+    assert not (tmp_path / "preferences.jsonl").exists()
+    with FakeServer(tmp_path) as server:
+        judge(tmp_path, "candidates=c.jsonl", *at(server))
+        sent = server.stats()["received"]
+        dry = judge(tmp_path, "candidates=c.jsonl", *at(server), "dry_run=true")
+        assert "(4 answered already)" in dry.stdout and "as measured" in dry.stdout
+        assert server.stats()["received"] == sent
+
+
+def test_failed_comparisons_are_asked_again_when_told_to(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    words = ["candidates=c.jsonl", "judge.max_attempts=1"]
+    with FakeServer(tmp_path) as server:
+        judge(tmp_path, "canaries", *at(server))  # the probe meets no fault
+        server.plan(fault_sequence=["500"])
+        first = judge(tmp_path, *words, *at(server))
+        assert "without a verdict, so no preference: 1 failed" in first.stdout, first.stderr
+        server.plan(fault_sequence=None)
+        server.reset()
+        second = judge(tmp_path, *words, *at(server), "retry=true")
+        assert second.returncode == 0 and server.stats()["received"] == 1
+    assert len(preferences(tmp_path)) == 2
+
+
+def test_status_tells_progress_spending_and_what_was_possibly_billed(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    with FakeServer(tmp_path) as server:
+        judge(tmp_path, "canaries", *at(server))
+        server.plan(fault_sequence=["cut"])
+        judge(tmp_path, "candidates=c.jsonl", *at(server))
+    told = judge(tmp_path, "status", "ledger=runs/judgments.sqlite").stdout
+    assert "judge fake (asked by json_schema)" in told
+    assert "possibly billed" in told and "for 1 attempts" in told
+    assert "2 of 2 comparisons; done" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["foo"], "foo: no such sub-command"),
+        (["statsu"], "did you mean status?"),
+        ([], "no candidates given"),
+        (["candidates=c.jsonl"], "no judge given"),
+        (["candidates=nope.jsonl", "judge=rubric"], "candidates=nope.jsonl: no such file"),
+        (["candidates=c.jsonl", "judge=rubric", "out=no/such/x"], "out=no/such/x: cannot be written"),
+        (["candidates=c.jsonl", "judge=openai"], "judge.model has no value"),
+        (["candidates=c.jsonl", "judge=openai", "judge.model=unheard-of"], "its price is not in"),
+        (["candidates=c.jsonl", "judge=openai", "judge.model=o3"], "OPENAI_API_KEY"),
+        (["candidates=c.jsonl", "judge=openai", "judge.model=o3", "judge.prompt=kindness"],
+         "judge.prompt=kindness: neither one of correctness, harmlessness"),
+        (["candidates=c.jsonl", "judge=openai", "judge.model=o3", "judge.scael=two"],
+         "did you mean judge.scale?"),
+        (["candidates=c.jsonl", "judge=openai", "judge.model=o3",
+          "judge.base_url=http://127.0.0.1:9/v1", "judge.ledger=/proc/x/y"], "/proc"),
+        (["candidates=bad.jsonl", "judge=rubric"], "bad.jsonl: no row has candidates"),
+        (["status", "ledger=nope"], "ledger=nope: no such file"),
+        (["status", "legder=x"], "did you mean ledger?"),
+        (["status", "ledger=c.jsonl"], "cannot be used"),
+        (["agreement"], "no pairs given"),
+        (["agreement", "pairs=c.jsonl"], "a judge is asked, or its labels are read"),
+        (["canaries"], "no judge given"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_status_1(tmp_path, words, says):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n')
+    answer = judge(tmp_path, *words, OPENAI_API_KEY="")
+    told = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
+    assert answer.returncode == 1 and len(told) == 1 and says in told[0], answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["status", "--help"], ["agreement", "--help"]])
+def test_help_comes_in_a_second_without_torch(tmp_path, words):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['align.judge', *{words!r}]\n"
+        "try:\n    runpy.run_module('align.judge', run_name='__main__')\n"
+        "finally:\n    print('torch' in sys.modules, 'openai' in sys.modules, file=sys.stderr)"
+    )
+    started = time.monotonic()
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT}, timeout=60,
+    )  # fmt: skip
+    assert time.monotonic() - started < 3  # half a second where nothing else runs
+    assert "align.judge" in answer.stdout
+    assert answer.stderr.split()[-2:] == ["False", "False"]
+
+
+def test_a_judge_is_measured_against_the_labels_of_people(tmp_path):
+    """The server prefers the longer answer; two of four people's labels do."""
+    with (tmp_path / "pairs.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["question", "a", "b", "ann", "ben"])
+        for number, (ann, ben) in enumerate([("1", "1"), ("2", "1"), ("1", "2"), ("2", "tie")]):
+            rows.writerow([f"q{number}", "a longer answer", "short", ann, ben])
+    words = ["agreement", "pairs=pairs.csv", "columns.prompt=question", "columns.first=a",
+             "columns.second=b", "columns.human=[ann,ben]", "resamples=200"]  # fmt: skip
+    with FakeServer(tmp_path) as server:
+        answer = judge(tmp_path, *words, *at(server))
+        assert answer.returncode == 0, answer.stderr
+        assert judge(tmp_path, *words, *at(server)).returncode == 0
+        assert server.stats()["received"] == 9
+    report = json.loads((tmp_path / "agreement" / "agreement.json").read_text())
+    rates = [column["final"]["agreement"]["mean"] for column in report["against"]]
+    assert rates == [0.5, 0.5]
+    assert (tmp_path / "agreement" / "agreement.html").is_file()
+
+
+def test_canaries_find_a_judge_that_the_longer_answer_sways(tmp_path):
+    with FakeServer(tmp_path) as server:
+        answer = judge(tmp_path, "canaries", *at(server))
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads((tmp_path / "canaries.json").read_text())
+    assert found["injected"]["flipped"] > 0 and "said nothing, at length" in answer.stdout
+
+
+def test_the_environments_key_stands_in_no_file_of_the_run(tmp_path):
+    key = "sk-live-0123456789abcdef"
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    with FakeServer(tmp_path, require_key=key, keep_log=False) as server:
+        words = ["candidates=c.jsonl", *at(server), "judge.api_key_env=MY_KEY"]
+        assert judge(tmp_path, *words, MY_KEY="wrong-key-00000000").returncode == 1
+        assert judge(tmp_path, *words, MY_KEY=key).returncode == 0
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and "fake_server" not in str(path):
+            assert key.encode() not in path.read_bytes(), path
+            assert b"wrong-key-00000000" not in path.read_bytes(), path
