@@ -54,8 +54,8 @@ def collate_pairs(pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of 2B rows, all chosen and then all rejected.
 
     Returns:
-        input_ids, response_mask: [2B, T]; p, margin (0 where there is none), reference_chosen, reference_rejected, chosen_length,
-        rejected_length: [B].
+        input_ids, response_mask: [2B, T]; p, margin (0 where there is none), reference_chosen,
+        reference_rejected, chosen_length, rejected_length: [B].
     """
     rows = [
         Row(prompt=pair["prompt_ids"], completion=pair[f"{side}_ids"])

@@ -228,8 +228,8 @@ class Endpoint:
         if "insufficient_quota" in (code, str(error.type)) or status == 402:
             return reply(
                 STOP,
-                f"{self.url}: the account's quota is used up ({why}); nothing is lost, top it up and "
-                "type the same command",
+                f"{self.url}: the account's quota is used up ({why}); nothing is lost, top it up "
+                "and type the same command",
             )
         if status == 429:
             return reply(LIMITED)

@@ -91,7 +91,10 @@ def test_what_the_orders_disagree_on_goes_to_another_judge(tmp_path):
              "ignored": ["structured_outputs"]},
             "json", False, "max_tokens",
         ),
-        ({"unsupported": ["max_completion_tokens", "temperature"]}, "json_schema", True, "max_tokens"),
+        (
+            {"unsupported": ["max_completion_tokens", "temperature"]},
+            "json_schema", True, "max_tokens",
+        ),
         ({"ignored": ["logprobs"]}, "json_schema", False, "max_completion_tokens"),
     ],
 )  # fmt: skip
@@ -141,7 +144,8 @@ def test_criteria_reasons_and_five_levels_reach_the_verdict(tmp_path):
 @pytest.mark.parametrize(
     "fault",
     ["429", "429_headers", "500", "502_html", "503", "cut", "reset", "truncated_json", "html",
-     "null_choices", "empty_choices", "null_content", "length", "wrong_schema", "wrong_label", "slow"],
+     "null_choices", "empty_choices", "null_content", "length", "wrong_schema", "wrong_label",
+     "slow"],
 )  # fmt: skip
 def test_a_fault_that_passes_changes_no_verdict(tmp_path, fault):
     asked = pairs(6)
@@ -226,7 +230,7 @@ def test_an_endpoint_that_is_down_stops_the_run_when_patience_ends(tmp_path):
 
 def test_no_server_at_all_is_one_line(tmp_path):
     settings = openai_settings(tmp_path, "http://127.0.0.1:9/v1", max_attempts=2)
-    with pytest.raises(JudgeError, match="does not answer.*check the address"):
+    with pytest.raises(JudgeError, match=r"does not answer.*check the address"):
         judge_all(pairs(2), settings)
 
 
@@ -325,7 +329,7 @@ def test_a_cap_on_requests_stops_after_so_many_and_a_higher_one_goes_on(tmp_path
 def test_a_cap_on_spending_is_never_passed_and_is_nearly_used_up(tmp_path):
     with FakeServer(tmp_path, latency=0.01) as server:
         settings = openai_settings(tmp_path, server.url, budget_usd=0.02, max_tokens=20)
-        with pytest.raises(JudgeError, match="judge.budget_usd=0.02.*nothing is lost"):
+        with pytest.raises(JudgeError, match=r"judge.budget_usd=0.02.*nothing is lost"):
             judge_all(pairs(200), settings)
     (judge,) = look(tmp_path / "judgments.sqlite").judges
     assert 0.8 * 2e7 < judge.spent + judge.uncertain <= 2e7 and judge.reserved == 0

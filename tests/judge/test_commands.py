@@ -108,7 +108,7 @@ def test_failed_comparisons_are_asked_again_when_told_to(tmp_path):
         server.plan(fault_sequence=["500"])
         first = judge(tmp_path, *words, *at(server))
         assert "without a verdict, so no preference: 1 failed" in first.stdout, first.stderr
-        server.plan(fault_sequence=None)
+        server.plan(fault_sequence=[])
         server.reset()
         second = judge(tmp_path, *words, *at(server), "retry=true")
         assert second.returncode == 0 and server.stats()["received"] == 1
@@ -135,7 +135,7 @@ def test_status_tells_progress_spending_and_what_was_possibly_billed(tmp_path):
         ([], "no candidates given"),
         (["candidates=c.jsonl"], "no judge given"),
         (["candidates=nope.jsonl", "judge=rubric"], "candidates=nope.jsonl: no such file"),
-        (["candidates=c.jsonl", "judge=rubric", "out=no/such/x"], "out=no/such/x: cannot be written"),
+        (["candidates=c.jsonl", "judge=rubric", "out=no/x"], "out=no/x: cannot be written there"),
         (["candidates=c.jsonl", "judge=openai"], "judge.model has no value"),
         (["candidates=c.jsonl", "judge=openai", "judge.model=unheard-of"], "its price is not in"),
         (["candidates=c.jsonl", "judge=openai", "judge.model=o3"], "OPENAI_API_KEY"),
