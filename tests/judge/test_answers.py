@@ -153,6 +153,7 @@ def test_answers_as_models_write_them_are_read(content, label):
         '{"verdict": true}',
         '{"verdict": {"A": 1}}',
         '{"verdict": "A", "verdict": "B"}',
+        '{"reason": "", "verdict": "A", "verdict": "B"}',
         '{"verdict": "not A"}',
         '{"verdict": "A"} {"verdict": "B"}',
         '{"verdict": "A"}\nVerdict: B',

@@ -53,6 +53,7 @@ def top(before: str = "", after: str = "") -> dict[str, float]:
         ("Verdict: Response A", [entry("Verdict:"), entry(" Response"), entry(" A", top(" "))]),
         ("Verdict: Assistant A", [entry("Verdict: Assistant"), entry(" A", top(" "))]),
         ("Verdict: A\nA is", [entry("Verdict:"), entry(" A", top(" ")), entry("\nA is")]),
+        ("Verdict: A\nyes", [entry("Verdict:"), entry(" A", top(" ")), entry("\n"), entry("yes")]),
         ("**Verdict:** A", [entry("**"), entry("Verdict"), entry(":**"), entry(" A", top(" "))]),
         ('{"verdict": "A"}', [entry('{"'), entry("verdict"), entry('":'), entry(' "'),
                               entry("A", top()), entry('"}')]),
@@ -170,9 +171,12 @@ def test_what_does_not_fit_gives_no_probabilities_rather_than_wrong_ones(entries
     assert probabilities("A", entries) == {}
 
 
-def test_two_objects_or_names_leave_the_place_unsure():
-    text = '{"notes": {"verdict": "none"}, "verdict": "A"}'
-    assert probabilities(text, [entry(text[:-3]), entry("A", top()), entry('"}')]) == {}
+@pytest.mark.parametrize("inner", ["none", "A"])
+def test_a_name_that_stands_twice_leaves_the_place_unsure(inner):
+    before = '{"notes": {"verdict": "'
+    after = [entry('"}, "verdict": "'), entry("A", top()), entry('"}')]
+    tokens = [entry(before), entry(inner, {"A": 0.5, "B": 0.5}), *after]
+    assert probabilities(f'{before}{inner}"}}, "verdict": "A"}}', tokens) == {}
 
 
 def test_strange_alternatives_are_passed_over():
