@@ -30,6 +30,7 @@ from align.judge.verdicts import GRAVEST, Answer, Question
 BUSY_S = 0.2  # between two looks at what another process is asking
 HOPELESS = 20  # requests refused for what they hold, without one that was not: the set-up is wrong
 PATIENCE_S = 5.0  # a longer wait is told
+MOST_DOUBLINGS = 4  # of a refused request's own wait, since the pace slows down all of them
 FINAL = (endpoint.ANSWERED, endpoint.OVERFLOWED, endpoint.REJECTED)
 
 
@@ -158,6 +159,7 @@ class Asker:
     rejected: int = 0
     good: int = 0
     told: float = 0.0
+    refusing_since: float | None = None
 
     def __post_init__(self) -> None:
         self.slots = asyncio.Semaphore(self.settings.concurrency)
@@ -244,7 +246,7 @@ class Asker:
         """Attempts until the endpoint has no failure of its own to blame, or has had its chances;
         None where another process has the request.
         """
-        failures, started = 0, time.monotonic()
+        failures, refusals, started = 0, 0, time.monotonic()
         while True:
             tried = await self.once(wanted)
             if tried is None or tried.reply.kind in FINAL:
@@ -254,8 +256,11 @@ class Asker:
                 if failures >= self.settings.max_attempts:
                     return tried
                 await self.wait(full_jitter(failures, self.rng))
-            elif time.monotonic() - started > self.settings.give_up_after_s:
-                return tried
+            else:
+                refusals += 1
+                if time.monotonic() - started > self.settings.give_up_after_s:
+                    return tried
+                await self.wait(full_jitter(min(refusals, MOST_DOUBLINGS), self.rng))
 
     async def once(self, wanted: Request) -> "Attempt | None":
         """One attempt, from the wait for its turn to its entry in the ledger; None where another
@@ -305,6 +310,8 @@ class Asker:
                 f"{self.endpoint.url} asks for slower requests; the next goes in {wait:.0f} s"
             )
         await self.wait(wait)
+        while (pause := self.pace.paused_until - time.monotonic()) > 0:  # asked for meanwhile
+            await self.wait(pause)
 
     async def wait(self, seconds: float) -> None:
         """Sleeps, unless the run is being stopped."""
@@ -363,19 +370,28 @@ class Asker:
             self.good += 1
             self.breaker.good()
             self.pace.good(now)
+            self.refusing_since = None
         elif reply.kind == endpoint.LIMITED:
+            self.breaker.good()  # it refuses, so it is up
             self.pace.refused(reply.wait, now)
-        elif reply.kind in (endpoint.DOWN, endpoint.UNREACHABLE, endpoint.GARBLED):
+            self.refusing_since = self.refusing_since or now
+            self.give_up(now - self.refusing_since, reply)
+        elif reply.kind in FINAL:
+            self.breaker.good()
+        elif reply.kind != endpoint.STOP:
             if self.breaker.bad(now):
                 self.tell(f"{self.endpoint.url} fails ({reply.why}); waiting before the next try")
-            down = self.breaker.down_for(now)
-            if down > self.settings.give_up_after_s:
-                self.halt(
-                    JudgeError(
-                        f"judge.base_url={self.endpoint.url}: no answer for {down:.0f} s "
-                        f"({reply.why}); nothing is lost, type the same command when it works again"
-                    )
+            self.give_up(self.breaker.down_for(now), reply)
+
+    def give_up(self, seconds: float, reply: Reply) -> None:
+        """Stops the run when no request has succeeded for too long."""
+        if seconds > self.settings.give_up_after_s:
+            self.halt(
+                JudgeError(
+                    f"judge.base_url={self.endpoint.url}: no answer for {seconds:.0f} s "
+                    f"({reply.why}); nothing is lost, type the same command when it works again"
                 )
+            )
 
     def judgment(self, wanted: Request, reply: Reply, *, attempt: int) -> Judgment | None:
         """What a reply says, None where it says nothing."""

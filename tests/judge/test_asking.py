@@ -216,13 +216,14 @@ def test_what_no_retry_can_mend_stops_the_run_at_once(tmp_path, fault, says):
         assert judge_all(pairs(3), settings) == done
 
 
-def test_an_endpoint_that_is_down_stops_the_run_when_patience_ends(tmp_path):
+@pytest.mark.parametrize("fault", ["503", "429"])
+def test_an_endpoint_that_only_fails_stops_the_run_when_patience_ends(tmp_path, fault):
     with FakeServer(tmp_path) as server:
         settings = openai_settings(
             tmp_path, server.url, give_up_after_s=1.0, max_attempts=50, concurrency=4
         )
         judge_all(pairs(2), settings)
-        server.plan(faults={"503": 1.0})
+        server.plan(faults={fault: 1.0})
         with pytest.raises(JudgeError, match=r"no answer for \d+ s.*nothing is lost"):
             judge_all(pairs(50), settings)
         assert server.stats()["received"] < 100  # the breaker held the rest back

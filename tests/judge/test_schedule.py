@@ -99,63 +99,74 @@ def test_where_nothing_remains_it_pauses_until_the_reset_a_minute_at_most():
     assert pace.wait(1, 101.5) == 0.5
 
 
-def test_a_flock_of_refusals_halves_the_rate_once():
+def told(pace: Pace, *, good: int, refused: int, second: int) -> float:
+    """A second of replies; the rate after it."""
+    start = float(second)
+    pace.since = pace.since if pace.since is not None else start
+    for number in range(refused):
+        pace.refused(None, start + number / 10_000)
+    for number in range(good):
+        pace.good(start + 0.5 + number / 10_000)
+    pace.adapt(start + 1.0)
+    assert pace.requests.rate is not None
+    return pace.requests.rate
+
+
+def test_a_second_of_nothing_but_refusals_halves_the_rate_once():
+    pace = Pace()
+    pace.headers(limits(limit_requests="2400"), 0.0)  # forty a second
+    assert told(pace, good=0, refused=64, second=10) == 22.0  # half, and a twentieth
+    assert told(pace, good=0, refused=64, second=11) == pytest.approx(12.1)
+
+
+def test_a_few_refusals_among_many_answers_do_not_slow_it_down():
     pace = Pace()
     pace.headers(limits(limit_requests="2400"), 0.0)
-    for number in range(64):
-        pace.refused(None, 10.0 + number * 0.01)
-    assert pace.requests.rate == 20.0
-    pace.refused(None, 11.0)
-    assert pace.requests.rate == 10.0
+    for second in range(60):
+        found = told(pace, good=38, refused=2, second=second)
+    assert found == 40.0
+
+
+def test_without_headers_a_limit_is_found_from_what_went_through():
+    pace = Pace()
+    assert told(pace, good=20, refused=60, second=0) == pytest.approx(54.0)  # 80 x 0.625 + 4
+    for second in range(1, 60):  # an endpoint that answers twenty a second and refuses the rest
+        asked = round(pace.requests.rate)
+        found = told(pace, good=min(asked, 20), refused=max(asked - 20, 0), second=second)
+    assert 20 <= found < 25
+
+
+def test_it_never_stands_still_and_recovers():
+    pace = Pace()
+    for second in range(50):
+        told(pace, good=0, refused=5, second=second)
+    assert 1.0 <= pace.requests.rate <= 2.1
+    for second in range(50, 150):
+        told(pace, good=5, refused=0, second=second)
+    assert pace.requests.rate > 40
+
+
+def test_answers_alone_set_no_limit():
+    pace = Pace()
+    for number in range(10_000):
+        pace.good(number / 100)
+    assert pace.requests.rate is None and pace.wait(1, 100.0) == 0.0
 
 
 def test_the_headers_of_later_answers_do_not_undo_a_refusal():
     pace = Pace()
-    for now in (0.0, 2.0):
-        pace.headers(limits(limit_requests="600"), now)
-        pace.refused(None, now + 1)
-    assert pace.requests.rate == 2.5
-
-
-def test_without_headers_a_refusal_starts_from_half_of_what_was_answered():
-    pace = Pace()
-    for number in range(101):
-        pace.good(number * 0.05)  # twenty a second, for five seconds
-    pace.refused(None, 5.0)
-    assert pace.requests.rate == pytest.approx(10.1)
-    lonely = Pace()
-    lonely.refused(None, 0.0)
-    assert lonely.requests.rate == 0.5
-    for _ in range(9):
-        lonely.refused(None, lonely.decreased + 2)
-    assert lonely.requests.rate == 0.1, "it never stands still"
-
-
-def test_recovery_is_one_request_a_second_for_each_second_of_answers_up_to_what_is_allowed():
-    pace = Pace()
-    pace.headers(limits(limit_requests="2400"), 0.0)
-    pace.refused(None, 0.0)
-    for _ in range(20):  # a second's answers at twenty a second
-        pace.good(1.0)
-    assert 20.9 < pace.requests.rate < 21.0
-    for _ in range(2000):
-        pace.good(2.0)
-    assert pace.requests.rate == 40.0
+    pace.headers(limits(limit_requests="600"), 0.0)
+    slowed = told(pace, good=0, refused=9, second=0)
+    pace.headers(limits(limit_requests="600"), 2.0)
+    assert pace.requests.rate == slowed < 10
 
 
 def test_a_retry_after_pauses_all_and_they_do_not_come_back_all_at_once():
     pace = Pace()
-    pace.headers(limits(limit_requests="240"), 0.0)  # four a second
-    pace.refused(30.0, 0.0)  # two a second, after half a minute
+    pace.headers(limits(limit_requests="120"), 0.0)  # two a second
+    pace.refused(30.0, 0.0)
     pace.refused(5.0, 0.5)  # a shorter one does not shorten it
     assert [pace.wait(1, 10.0) for _ in range(4)] == [20.0, 20.0, 20.5, 21.0]
-
-
-def test_the_memory_of_answers_is_bounded():
-    pace = Pace()
-    for number in range(10_000):
-        pace.good(float(number))
-    assert len(pace.answered) <= 400 and pace.observed(10_000.0) == 1.0
 
 
 def test_a_breaker_opens_after_so_many_failures_in_a_row():
