@@ -116,8 +116,8 @@ async def bare(url: str, bodies: list[dict[str, Any]], concurrency: int) -> None
 
 async def rendered(pairs: list[Any], settings: Any) -> list[dict[str, Any]]:
     """The bodies that the judge sends for the pairs."""
-    from align.judge.asker import Capability, request
     from align.judge.ledger import Ledger
+    from align.judge.request import Capability, request
     from align.judge.verdicts import groups, questions
 
     with Ledger.open(Path(settings.ledger)) as opened:

@@ -5,132 +5,29 @@ written down before anything else happens.
 """
 
 import asyncio
-import hashlib
 import random
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from align.artifacts import canonical_json
 from align.errors import JudgeError
 from align.judge import answers, endpoint
 from align.judge.answers import MALFORMED, PARSER, Reading, Usage, usage
 from align.judge.endpoint import Endpoint, Reply
-from align.judge.forms import Form
-from align.judge.ledger import ANSWERED, Caps, Judgment, Ledger
-from align.judge.prices import Price, find_price, nano
-from align.judge.prompts import Template, one_message
+from align.judge.entries import ANSWERED, Caps, Judgment
+from align.judge.ledger import Ledger
+from align.judge.prices import Price, nano
+from align.judge.request import Capability, Request, request, sound
 from align.judge.schedule import Breaker, Pace, full_jitter
 from align.judge.settings import Openai
-from align.judge.verdicts import GRAVEST, Answer, Question
+from align.judge.verdicts import Answer, Question
 
 BUSY_S = 0.2  # between two looks at what another process is asking
 HOPELESS = 20  # requests refused for what they hold, without one that was not: the set-up is wrong
 PATIENCE_S = 5.0  # a longer wait is told
 MOST_DOUBLINGS = 4  # of a refused request's own wait, since the pace slows down all of them
 FINAL = (endpoint.ANSWERED, endpoint.OVERFLOWED, endpoint.REJECTED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capability:
-    """What an endpoint's model can do, probed once and then kept, so that keys never change.
-
-    Attributes:
-        mode: how answers are asked for, one of `forms.MODES`.
-        limit: the name under which the endpoint takes the longest answer.
-    """
-
-    mode: str
-    logprobs: bool
-    limit: str
-    temperature: bool
-
-    @classmethod
-    def assumed(cls, settings: Openai) -> "Capability":
-        """Of an endpoint that nobody has asked yet."""
-        return cls(
-            mode="json_schema" if settings.answer == "auto" else settings.answer,
-            logprobs=str(settings.logprobs).lower() != "false",
-            limit="max_completion_tokens",
-            temperature=settings.temperature is not None,
-        )
-
-    def answering(self, mode: str) -> "Capability":
-        """The same, asked in a way that the user chose."""
-        return replace(self, mode=mode)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A question as it is sent; `key` is its name in the ledger. What a `probe` says is no
-    judgment, so that it can be asked again.
-    """
-
-    key: bytes
-    body: Mapping[str, Any]
-    form: Form
-    mode: str
-    probe: bool = False
-
-    @property
-    def characters(self) -> int:
-        return sum(len(m["content"]) for m in self.body["messages"])
-
-    def worst(self, price: Price, max_tokens: int) -> int:
-        """Nano-dollars if every byte were a token and the answer as long as allowed."""
-        read = sum(len(m["content"].encode()) + 16 for m in self.body["messages"])
-        return price.cost(prompt=read, completion=max_tokens)
-
-
-def sound(judgment: Judgment, form: Form) -> Reading | None:
-    """The reading that a judgment holds, None where it fits no answer of the form."""
-    try:
-        reading = Reading.from_json(judgment.answer)
-    except TypeError:
-        return None
-    if reading.status != answers.OK:
-        return reading if reading.status in (*GRAVEST, MALFORMED) else None
-    labels = set(form.labels)
-    ranked = sorted(reading.ranking) == sorted(labels)
-    fits = ranked if form.kind == "listwise" else reading.label in labels
-    named = set(reading.criteria) >= set(form.criteria) and set(reading.criteria.values()) <= labels
-    likely = set(reading.probabilities) <= labels and all(
-        isinstance(p, int | float) and 0 <= p <= 1 for p in reading.probabilities.values()
-    )
-    return reading if fits and named and likely else None
-
-
-def request(question: Question, *, settings: Openai, able: Capability, limit: int) -> Request:
-    """The request for a question, with texts of at most `limit` characters."""
-    form = question.form
-    mode = able.mode if able.mode in form.modes() else "json"
-    template = Template(Path(settings.prompt), Path(settings.prompts))
-    messages = template.render(question.material, form=form, mode=mode, limit=limit)
-    if not settings.system_role:
-        messages = one_message(messages)
-    body: dict[str, Any] = {
-        "model": settings.model,
-        "messages": messages,
-        able.limit: settings.max_tokens,
-        **form.body(mode),
-    }
-    if able.temperature and settings.temperature is not None:
-        body["temperature"] = settings.temperature
-    if able.logprobs and form.kind != "listwise":
-        body |= {"logprobs": True, "top_logprobs": min(20, len(form.labels) + 2)}
-    asked = {key: value for key, value in body.items() if key not in ("model", able.limit)}
-    named = {
-        **asked,
-        "judge": settings.judge,
-        "max_tokens": settings.max_tokens,
-        "mode": mode,
-        "sample": question.sample,
-    }
-    told = canonical_json(named).encode("utf-8", "surrogatepass")
-    return Request(key=hashlib.sha256(told).digest(), body=body, form=form, mode=mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +57,7 @@ class Asker:
     good: int = 0
     told: float = 0.0
     refusing_since: float | None = None
+    explained: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.slots = asyncio.Semaphore(self.settings.concurrency)
@@ -188,8 +86,7 @@ class Asker:
         if reading is None:
             raise JudgeError(
                 f"judge.ledger={self.ledger.path}: holds a judgment that no answer of this form "
-                "can "
-                "have led to, so somebody else wrote into it; name another file with "
+                "can have led to, so somebody else wrote into it; name another file with "
                 "judge.ledger=FILE"
             )
         return Answer(reading=reading, tokens=judgment.tokens, cost=judgment.cost)
@@ -228,19 +125,25 @@ class Asker:
                     return known
                 continue
             if tried.reply.kind == endpoint.REJECTED:
-                return self.hopeless(tried.reply)
+                self.hopeless(tried.reply)
             judgment = tried.judgment
             if judgment is None:
-                return Answer(reading=Reading(status="failed", why=tried.reply.why))
+                return self.without(Answer(reading=Reading(status="failed", why=tried.reply.why)))
             if judgment.status == MALFORMED:
                 if self.ledger.answered(wanted.key) < self.settings.max_malformed:
                     continue
                 await self.ledger.judge(wanted.key, judgment)
-            return Answer(
-                reading=Reading.from_json(judgment.answer),
-                tokens=judgment.tokens,
-                cost=judgment.cost,
-            )
+            reading = Reading.from_json(judgment.answer)
+            return self.without(Answer(reading=reading, tokens=judgment.tokens, cost=judgment.cost))
+
+    def without(self, answer: Answer) -> Answer:
+        """Tells why there is no verdict, the first time that a status comes up."""
+        status, why = answer.status, answer.reading.why
+        if status != answers.OK and status not in self.explained:
+            self.explained.add(status)
+            line = f"judge {self.settings.judge}: the first question without a verdict"
+            print(f"{line} ({status}): {why}", file=sys.stderr, flush=True)
+        return answer
 
     async def persist(self, wanted: Request) -> "Attempt | None":
         """Attempts until the endpoint has no failure of its own to blame, or has had its chances;
@@ -457,23 +360,17 @@ class Asker:
             "completion_tokens": counted.completion if counted else None,
         }
 
-    def hopeless(self, reply: Reply) -> Answer:
-        """A request that was refused for what it holds; many of them, and the set-up is wrong."""
+    def hopeless(self, reply: Reply) -> None:
+        """Counts requests that were refused for what they hold.
+
+        Raises:
+            JudgeError: there were many, and none that was not: the set-up is wrong.
+        """
         self.rejected += 1
         if not self.good and self.rejected >= HOPELESS:
             raise self.halt(
                 JudgeError(
                     f"judge.base_url={self.endpoint.url}: refused the first {self.rejected} "
-                    "requests "
-                    f"({reply.why}); check judge.model and judge.answer"
+                    f"requests ({reply.why}); check judge.model and judge.answer"
                 )
             )
-        return Answer(reading=Reading(status="failed", why=reply.why))
-
-
-def price_of(settings: Openai, *, live: bool = False) -> Price:
-    """What the settings' requests cost; `live` where they do not go through a batch."""
-    return find_price(
-        settings.model, price_in=settings.price_in, price_out=settings.price_out,
-        batch=settings.batch and not live, table=Path(settings.prices),
-    )  # fmt: skip

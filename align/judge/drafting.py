@@ -7,12 +7,13 @@ from functools import partial
 from itertools import count, islice
 
 from align.judge import shards
-from align.judge.asker import Asker, Request, request
+from align.judge.asker import Asker
 from align.judge.batch_api import BatchApi
+from align.judge.entries import ANSWERED
 from align.judge.intake import PERMANENT
-from align.judge.ledger import ANSWERED
 from align.judge.openai import dropped
 from align.judge.owners import BATCH
+from align.judge.request import Request, request
 from align.judge.shards import Draft
 from align.judge.verdicts import groups, questions
 from align.records import Comparison

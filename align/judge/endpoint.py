@@ -31,6 +31,7 @@ SHORTEST_KEY = 8  # a shorter word is no secret, and striking it out would garbl
 OVERFLOW = (
     "context_length_exceeded", "maximum context length", "context length", "context window",
     "too many tokens", "prompt is too long", "exceed_context_size", "max_model_len",
+    "context size", "`inputs` tokens",
 )  # fmt: skip
 
 # Kinds of replies.
@@ -201,7 +202,7 @@ class Endpoint:
         response = error.response
         status, headers = response.status_code, response.headers
         raw = self.clean(response.content)
-        code, why = str(error.code or ""), self.told(error)
+        code, why = str(error.code or ""), self.told(reason(error))
 
         def reply(kind: str, why: str = why) -> Reply:
             wait = retry_after(headers) if kind == LIMITED else None
@@ -238,7 +239,22 @@ class Endpoint:
         if (
             status == 413
             or code == "context_length_exceeded"
-            or any(words in why.lower() for words in OVERFLOW)
+            or any(words in f"{error.type} {why}".lower() for words in OVERFLOW)
         ):
             return reply(OVERFLOWED)
         return reply(REJECTED)
+
+
+def reason(error: Any) -> str:
+    """What an error reply says is wrong, wherever its server puts that: error.message, a bare
+    `error`, `detail` (FastAPI: transformers serve), or plain text. The SDK's own text has the first
+    alone. What FastAPI echoes of the request is left out.
+    """
+    body = error.body  # of {"error": …} what stands in it
+    if isinstance(body, Mapping):
+        body = next((body[key] for key in ("message", "detail") if body.get(key)), None)
+    if isinstance(body, list):
+        said = [item.get("msg") if isinstance(item, Mapping) else item for item in body]
+        body = "; ".join(str(each) for each in said if each)
+    text = f"status {error.response.status_code}"
+    return f"{text}: {body}" if body else text

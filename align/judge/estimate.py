@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.judge.asker import Capability, price_of, request
 from align.judge.ledger import Ledger
-from align.judge.prices import Price
+from align.judge.prices import Price, price_of
+from align.judge.request import Capability, request
 from align.judge.settings import Openai
 from align.judge.verdicts import groups, questions
 from align.records import Comparison

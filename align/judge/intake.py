@@ -18,7 +18,7 @@ from align.judge.answers import completion
 from align.judge.asker import Asker
 from align.judge.batch_api import ABSENT, BatchApi, Refused
 from align.judge.endpoint import Endpoint, Reply
-from align.judge.ledger import ANSWERED, finish
+from align.judge.entries import ANSWERED, finish
 from align.judge.shards import EXPIRED, close, forget, owner_of
 
 AT_ONCE = 300  # lines in one transaction

@@ -14,12 +14,14 @@ from typing import Any
 
 from align.errors import JudgeError
 from align.interrupt import deferred
-from align.judge.asker import Asker, Capability, price_of
+from align.judge.asker import Asker
 from align.judge.endpoint import Endpoint
-from align.judge.ledger import Job, Ledger
+from align.judge.entries import Job
+from align.judge.ledger import Ledger
 from align.judge.ordered import in_order
-from align.judge.prices import usd
+from align.judge.prices import price_of, usd
 from align.judge.probe import capability
+from align.judge.request import Capability
 from align.judge.settings import Openai
 from align.judge.verdicts import Answer, Group, groups, questions, verdicts, without
 from align.named import named_module

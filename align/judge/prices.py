@@ -5,11 +5,14 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from align.errors import ConfigError
+
+if TYPE_CHECKING:
+    from align.judge.settings import Openai
 
 NANO = 1e9
 DATED = re.compile(r"-\d{4}-\d{2}-\d{2}\Z")
@@ -84,3 +87,11 @@ def price_list(table: Path) -> tuple[Any, float, dict[str, Price]]:
             f"judge.prices={table}: is no price list ({why}); type judge.prices=FILE.yaml with "
             "as_of, batch_discount and models, as in conf/prices.yaml"
         ) from error
+
+
+def price_of(settings: "Openai", *, live: bool = False) -> Price:
+    """What the settings' requests cost; `live` where they do not go through a batch."""
+    return find_price(
+        settings.model, price_in=settings.price_in, price_out=settings.price_out,
+        batch=settings.batch and not live, table=Path(settings.prices),
+    )  # fmt: skip

@@ -7,14 +7,16 @@ tried first, so that an endpoint that can do everything is asked once.
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from align.errors import JudgeError
 from align.judge import endpoint
 from align.judge.answers import OK, Reading
-from align.judge.asker import Asker, Attempt, Capability, request
+from align.judge.asker import Asker, Attempt
 from align.judge.forms import Form
+from align.judge.request import Capability, request
 from align.judge.settings import Openai
 from align.judge.verdicts import Group, Question, questions
 from align.records import Comparison, Message, Prompt
@@ -30,16 +32,29 @@ EXAMPLE = Comparison(
 async def capability(asker: Asker) -> Capability:
     """What the ledger knows of this judge, else what a few small requests show.
 
+    What is kept is what the endpoint can do, whatever the settings want of it, so that a run that
+    wants less (no temperature, no probabilities, plain lines) leaves nothing behind for others.
+
     Raises:
-        JudgeError: the endpoint refuses even the plainest request, or does not answer.
+        JudgeError: the endpoint refuses even the plainest request, does not answer, or gives no
+            probabilities where they must be.
     """
     identity = asker.settings.judge
     if (known := asker.ledger.capability(identity)) is None:
-        found = await probe(asker)
+        prober = everything(asker)
+        try:
+            found = await probe(prober)
+        finally:
+            asker.sent += prober.sent
         await asker.ledger.remember(identity, asdict(found))
         known = asker.ledger.capability(identity) or asdict(found)  # another process may be first
     able = Capability(**known)
     settings = asker.settings
+    if str(settings.logprobs).lower() == "true" and not able.logprobs:
+        raise JudgeError(
+            f"judge.logprobs=true: {asker.endpoint.url} gives none at the token of the verdict; "
+            "type judge.logprobs=auto"
+        )
     return replace(
         able,
         mode=able.mode if settings.answer == "auto" else settings.answer,
@@ -47,21 +62,41 @@ async def capability(asker: Asker) -> Capability:
     )
 
 
+def everything(asker: Asker) -> Asker:
+    """One that asks for all that an endpoint may give. What it is answered is not counted as an
+    answer to the questions, which have yet to be taken.
+    """
+    settings = asker.settings
+    wanted = replace(
+        settings, answer="auto", logprobs="auto", samples=1,
+        temperature=0.0 if settings.temperature is None else settings.temperature,
+    )  # fmt: skip
+    return replace(asker, settings=wanted)
+
+
 async def probe(asker: Asker) -> Capability:
     best = Capability.assumed(asker.settings)
     question = questions(Group(comparisons=(EXAMPLE,)), settings=asker.settings)[0]
-    modes = question.form.modes() if asker.settings.answer == "auto" else (best.mode,)
+    modes = question.form.modes()
     best = replace(best, mode=modes[0])
     if works(await tried(asker, question, best), best, question.form):
         return best
     plain = await plainest(asker, question)
-    able = plain
+    able = None
     for mode in modes:
-        if works(
-            await tried(asker, question, way := replace(plain, mode=mode)), way, question.form
-        ):
+        way = replace(plain, mode=mode)
+        attempt = await tried(asker, question, way)
+        if works(attempt, way, question.form):
             able = way
             break
+    if able is None:
+        able = plain
+        said = attempt.judgment.answer.get("why", "") if attempt.judgment else attempt.reply.why
+        print(
+            f"judge {asker.settings.judge}: its answer to an example could not be read ({said}); "
+            "expect questions without a verdict",
+            file=sys.stderr,
+        )
     if best.logprobs:
         more = replace(able, logprobs=True)
         if works(await tried(asker, question, more), more, question.form):

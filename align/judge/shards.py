@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import IO, Final
 
 from align.jsonl import dump_line
-from align.judge.asker import Request
-from align.judge.ledger import Caps, Ledger, begin, give_up, settle
+from align.judge.entries import Caps, begin, give_up, settle
+from align.judge.ledger import Ledger
 from align.judge.owners import BATCH, Owner
+from align.judge.request import Request
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 190_000_000  # OpenAI takes 50,000 and 200 MB
 URL: Final = "/v1/chat/completions"

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from align.config import did_you_mean
 from align.errors import ConfigError
-from align.judge.ledger import JobSeen, JudgeSeen, look
+from align.judge.ledger_view import JobSeen, JudgeSeen, look
 from align.judge.prices import usd
 
 DEFAULT = "runs/judgments.sqlite"

@@ -35,6 +35,11 @@ def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
     counts = write_preferences(settings, candidates, out)
     write_json(out / "counts.json", counts)
     if counts["preferences"] == 0:
+        if counts["comparisons"] and not counts[OK] and not counts[TIE]:
+            raise StageError(
+                f"the judge gave no verdict on any of {counts['comparisons']} comparisons "
+                f"({told(counts)}); check the judge's model and settings"
+            )
         raise StageError(
             f"none of {counts['comparisons']} comparisons became a preference ({told(counts)}); "
             "sample more varied answers (sampler.n, sampler.temperature) or look at verdicts.jsonl"

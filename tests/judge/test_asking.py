@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from align.config import CONF, plain, read_config
 from align.errors import ConfigError, JudgeError
 from align.judge.endpoint import Endpoint, check_url, find_key
-from align.judge.ledger import look
+from align.judge.ledger_view import look
 from align.records import OK, TIE, Comparison, Prompt
 from tests.judge.asking import judge_all, longer, openai_settings, pairs
 from tests.judge.fake_server import FakeServer
@@ -112,6 +112,80 @@ def test_an_endpoint_is_asked_the_best_way_that_it_can(tmp_path, plan, mode, log
     db.close()
     found = (able["mode"], able["logprobs"], able["limit"])
     assert found == (mode, logprobs, limit)
+
+
+def test_a_run_that_wants_less_leaves_nothing_behind_for_one_that_wants_more(tmp_path):
+    """What is kept of an endpoint is what it can do, not what was asked of it first."""
+    asked = pairs(2)
+    with FakeServer(tmp_path) as server:
+        less = {"temperature": None, "answer": "line", "logprobs": False}
+        plain = judge_all(asked, openai_settings(tmp_path, server.url, **less))
+        assert {v.p_first for v in plain} == {0.0, 1.0}
+        sent = server.stats()["received"]
+        full = judge_all(asked, openai_settings(tmp_path, server.url))
+        assert server.stats()["received"] == sent + 4, "other questions, so other answers"
+    assert all(0 < v.p_first < 1 for v in full)
+
+
+def test_probabilities_that_must_be_there_and_are_not_are_one_line(tmp_path):
+    with FakeServer(tmp_path, ignored=["logprobs"]) as server:
+        settings = openai_settings(tmp_path, server.url, logprobs=True)
+        with pytest.raises(JudgeError, match=r"judge.logprobs=true: .* gives none"):
+            judge_all(pairs(2), settings)
+
+
+def test_a_way_of_asking_that_the_endpoint_refuses_stops_the_run_with_its_words(tmp_path):
+    with FakeServer(tmp_path, unsupported=["structured_outputs"]) as server:
+        settings = openai_settings(tmp_path, server.url, answer="choice", concurrency=4)
+        with pytest.raises(JudgeError, match=r"refused the first 20 requests \(status 400: .+\)"):
+            judge_all(pairs(100), settings)
+        assert server.stats()["received"] < 40
+
+
+class Refused:
+    """An SDK error for a reply that some server gives."""
+
+    def __init__(self, status: int, text: str) -> None:
+        import httpx2
+
+        self.response = httpx2.Response(status, content=text.encode())
+        try:
+            body = json.loads(text)
+            self.body = body.get("error", body) if isinstance(body, dict) else body
+        except ValueError:
+            self.body = text
+        told = self.body if isinstance(self.body, dict) else {}
+        self.code, self.type = told.get("code"), told.get("type")
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "kind", "says"),
+    [
+        (400, '{"error": {"message": "maximum context length is 8192", "code": null}}', "overflow",
+         "maximum context length"),
+        (400, '{"error": {"type": "exceed_context_size_error", "message": "too large"}}',
+         "overflow", "too large"),
+        (422, '{"error": "`inputs` tokens + `max_new_tokens` must be <= 4096"}', "overflow",
+         "max_new_tokens"),
+        (400, '{"detail": "prompt is too long for the context window"}', "overflow", "too long"),
+        (413, "Payload Too Large", "overflow", "Payload"),
+        (422, '{"detail": [{"loc": ["x"], "msg": "field required", "input": "SECRET PROMPT"}]}',
+         "rejected", "field required"),
+        (400, '{"detail": "Server is pinned to a; requested b."}', "rejected", "pinned to a"),
+        (500, "Internal Server Error", "down", "Internal Server Error"),
+        (429, '{"error": {"message": "slow down"}}', "429", "slow down"),
+    ],
+)  # fmt: skip
+def test_what_a_server_says_is_told_wherever_it_puts_it(status, text, kind, says):
+    async def told():
+        endpoint = Endpoint("http://127.0.0.1:9/v1", api_key_env=None, timeout_s=1, connections=1)
+        try:
+            return endpoint.refused(Refused(status, text))
+        finally:
+            await endpoint.close()
+
+    reply = asyncio.run(told())
+    assert reply.kind == kind and says in reply.why and "SECRET" not in reply.why
 
 
 @pytest.mark.parametrize("kind", ["pairwise", "listwise", "scalar"])

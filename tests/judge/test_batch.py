@@ -16,10 +16,12 @@ import pytest
 
 from align.errors import JudgeError
 from align.judge import batch, batch_api, endpoint, intake, openai, shards
-from align.judge.asker import Asker, Capability, price_of
+from align.judge.asker import Asker
 from align.judge.batch import answer_in_batches
 from align.judge.endpoint import Endpoint
 from align.judge.ledger import Ledger
+from align.judge.prices import price_of
+from align.judge.request import Capability
 from align.judge.settings import Openai
 from align.records import Comparison, Message, Prompt, Verdict
 from tests.judge.fake_server import FakeServer

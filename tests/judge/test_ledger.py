@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from align.errors import JudgeError
-from align.judge.asker import sound
+from align.judge.entries import ANSWERED, LOST, Caps, Job, Judgment
 from align.judge.forms import pairwise
-from align.judge.ledger import ANSWERED, LOST, Caps, Job, Judgment, Ledger, look
+from align.judge.ledger import Ledger
+from align.judge.ledger_view import look
 from align.judge.owners import Owner, file_system, refuse_network_disk
+from align.judge.request import sound
 
 FREE = Caps(nano_usd=None, attempts=None)
 READ = Judgment(status="ok", answer={"status": "ok", "label": "A"}, parser=1, tokens=9, cost=40)

@@ -154,9 +154,7 @@ def test_labels_that_teach_nothing_stop_the_run_with_counts(scripted):
     out = scripted / "out"
     out.mkdir()
     settings = LabelStage(label=ALL, judge=Scripted(log=str(scripted / "log")), seed=0)
-    with pytest.raises(
-        StageError, match=r"none of 1 comparisons became a preference \(1 refusal\)"
-    ):
+    with pytest.raises(StageError, match=r"no verdict on any of 1 comparisons \(1 refusal\)"):
         run(settings, {"candidates": folder}, out)
 
 
