@@ -183,12 +183,9 @@ def ended(child: subprocess.Popen[str], *, status: int = 0) -> str:
 # Faults.
 
 
-def mishaps(rate: float, *, slow_down: float = 1.0) -> dict[str, float]:
-    """Shares of all mishaps, `rate` in all. With `slow_down` below 1 there are fewer refusals for
-    speed, each of which halves the pace, as it should.
-    """
-    weights = {name: slow_down if name.startswith("429") else 1.0 for name in MISHAPS}
-    return {name: rate * weight / sum(weights.values()) for name, weight in weights.items()}
+def mishaps(rate: float) -> dict[str, float]:
+    """Shares of all mishaps, `rate` in all."""
+    return dict.fromkeys(MISHAPS, rate / len(MISHAPS))
 
 
 def wrong_labels(candidates: Path, verdicts: Iterable[Json]) -> list[Json]:

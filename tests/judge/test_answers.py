@@ -426,17 +426,17 @@ def test_hostile_length_is_read_in_a_moment(text):
     for size in (90_000, 2_000_000):
         content = text * (size // len(text))
         for form in (TWO, MARK, RANKED):
-            started = time.perf_counter()
+            started = time.process_time()
             read(body(content), form)
-            assert time.perf_counter() - started < 1
+            assert time.process_time() - started < 2, "quadratic"
 
 
 def test_ten_megabytes_of_answer_and_of_logprobs_are_read_in_a_moment():
     entries = [{"token": "A", "logprob": -1.0, "top_logprobs": []}] * 100_000
     sent = body("<think>" + "x" * 10**7 + "</think>Verdict: A")
     sent["choices"][0]["logprobs"] = {"content": entries}
-    started = time.perf_counter()
-    assert read(sent, TWO).label == "A" and time.perf_counter() - started < 1
+    started = time.process_time()
+    assert read(sent, TWO).label == "A" and time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(

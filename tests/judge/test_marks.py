@@ -24,7 +24,7 @@ from tests.judge.labelling import (
     wrong_labels,
 )
 
-FAULTS = mishaps(0.3, slow_down=0.2)
+FAULTS = mishaps(0.3)
 # Time-outs are among the faults; a patient breaker, for a suite on a busy machine.
 PATIENT = ("judge.timeout_s=1.5", "judge.concurrency=16")
 

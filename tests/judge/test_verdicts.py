@@ -21,7 +21,9 @@ PAIR = Comparison(prompt=PROMPT, first="one", second="two", first_index=4, secon
 
 @pytest.fixture(scope="module")
 def shipped() -> Asking:
-    return read_config(composed("recipe=dpo", "judge=openai", "judge.model=gpt-4o-mini")).judge
+    return read_config(
+        composed("recipe=dpo", "judge=openai", "judge.model=gpt-4o-mini", "judge.highest=10")
+    ).judge
 
 
 def hard(label: str, **criteria: str) -> Answer:
