@@ -266,7 +266,7 @@ def kill(size: Size) -> Iterator[Row]:
             server.reset()
             again = work(f"killed-{starts}")
             moments = (
-                rng.uniform(0, EARLY_S if rng.random() < 0.1 else whole)
+                rng.uniform(0, EARLY_S if rng.random() < 0.05 else whole)
                 for _ in range(size.kills - killing.kills)
             )
             kill_until_finished(again, moments, killing=killing)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from align.agreement import Agreement
@@ -26,8 +25,8 @@ from align.stages.judged_pairs import (
     verdicts_from_labels,
     with_verdicts,
 )
-from align.stages.report import visible
-from align.stages.verdict import bounds, number, percent
+from align.stages.page import environment, style
+from align.stages.verdict import bounds, percent
 from align.stats import Interval
 
 __all__ = [
@@ -59,19 +58,10 @@ def write_report(report: AgreementReport, out: Path) -> None:
 
 def page(report: AgreementReport) -> str:
     """The whole page, self-contained."""
-    templates = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {
-        "percent": percent, "bounds": bounds, "number": number, "visible": visible,
-        "kappa": kappa, "kappas": kappas,
-    }  # fmt: skip
+    templates = environment()
+    templates.filters |= {"kappa": kappa, "kappas": kappas}
     return templates.get_template("agreement.html.j2").render(
-        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        css=style(),
         report=report,
         sentence=sentence(report),
         lost={name: n for name, n in sorted(report.statuses.items()) if name not in USABLE},

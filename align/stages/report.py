@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from align.artifacts import write_atomic
 from align.errors import StageError
@@ -21,7 +20,7 @@ from align.stages.card import model_card
 from align.stages.evidence import Compared, Evidence, gather
 from align.stages.plots import AFTER, BEFORE, Change, Line, Rate
 from align.stages.settings import ReportStage
-from align.stages.verdict import bounds, measured, number, overall, percent, verdict
+from align.stages.verdict import measured, overall, verdict
 from align.stats import win_rate
 from align.unseen import UNSEEN
 
@@ -103,24 +102,15 @@ def link_adapter(source: Path, target: Path) -> list[str]:
 
 def page(settings: ReportStage, evidence: Evidence) -> str:
     """The whole page, self-contained."""
-    templates = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {
-        "percent": percent, "number": number, "bounds": bounds, "visible": visible,
-        "duration": duration, "words": lambda key: key.replace("_", " "),
-    }  # fmt: skip
+    templates = environment()
+    templates.filters |= {"duration": duration, "words": lambda key: key.replace("_", " ")}
     judged = [pair for pair in evidence.compared if pair.p_after is not None]
     ranked = sorted(judged, key=lambda pair: (-pair.gain, pair.id))
     losses = [pair for pair in reversed(ranked) if pair.gain < 0]
     gains = [pair for pair in ranked if pair.gain > 0]
     changes = marks(evidence)
     return templates.get_template("report.html.j2").render(
-        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        css=style(),
         name=settings.name,
         config=settings.config,
         command=settings.command,
@@ -299,20 +289,6 @@ def duration(seconds: float) -> str:
     return (
         f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
     )
-
-
-def visible(text: str) -> Markup:
-    """Escaped text in which characters that hide or reorder others stand as code points."""
-    parts = []
-    position = 0
-    for match in UNSEEN.finditer(text):
-        parts += [escape(text[position : match.start()]), code_point(match[0])]
-        position = match.end()
-    return Markup().join([*parts, escape(text[position:])])
-
-
-def code_point(character: str) -> Markup:
-    return Markup('<span class="unseen">U+{:04X}</span>').format(ord(character))
 
 
 def printable(text: str) -> str:

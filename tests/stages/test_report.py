@@ -12,8 +12,9 @@ import yaml
 from align.errors import DataError, StageError
 from align.stages.card import front_matter
 from align.stages.evidence import gather
+from align.stages.page import visible
 from align.stages.plots import bin_edges
-from align.stages.report import duration, printable, run, visible
+from align.stages.report import duration, printable, run
 from align.stages.verdict import number
 from tests.stages.fabricate import CONFIG, fabricate, settings, write, write_lines
 
