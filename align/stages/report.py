@@ -18,6 +18,7 @@ from align.records import OK, TIE
 from align.stages import plots
 from align.stages.card import model_card
 from align.stages.evidence import Compared, Evidence, gather
+from align.stages.page import environment, style
 from align.stages.plots import AFTER, BEFORE, Change, Line, Rate
 from align.stages.settings import ReportStage
 from align.stages.verdict import measured, overall, verdict
