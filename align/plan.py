@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.algorithms.needs import Needs
-from align.artifacts import HashCache
+from align.artifacts import HashCache, files_below
 from align.config import Config
 from align.errors import ConfigError
 from align.judge.settings import called
@@ -246,6 +246,9 @@ def shape(value: Any, hashes: HashCache) -> Any:
             part, mark = getattr(value, f.name), f.metadata.get("fingerprint")
             if mark == "content" and part is not None:
                 shaping[f.name] = contents(part, hashes)
+            elif mark == "template":
+                shipped = Path(getattr(value, f.metadata["shipped"]))
+                shaping[f.name] = template(Path(part), shipped, hashes)
             elif f.name == "module" and part is not None:
                 shaping[f.name] = source(part, hashes)
             elif mark != "ignore":
@@ -263,6 +266,26 @@ def contents(paths: str | Mapping[str, str], hashes: HashCache) -> Any:
     if isinstance(paths, Mapping):
         return {name: hashes.content(Path(path)) for name, path in paths.items()}
     return hashes.content(Path(paths))
+
+
+def template(path: Path, shipped: Path, hashes: HashCache) -> dict[str, str | None]:
+    """Hash of each file that a prompt's template is made of, by name. A folder counts without the
+    workspace, which changes with every run.
+    """
+    from align.judge.template_files import template_files  # jinja2 is slow to load
+
+    workspace = hashes.path.parent.parent.resolve()
+    shaping: dict[str, str | None] = {}
+    for name, file in sorted(template_files(path, shipped).items()):
+        if name == path.name:
+            name = ""  # what the file is called shapes nothing
+        if file is None or file.is_file():
+            shaping[name] = None if file is None else hashes.content(file)
+            continue
+        for part in files_below(file):
+            if file.resolve() not in workspace.parents or workspace not in part.resolve().parents:
+                shaping[f"{name}/{part.relative_to(file).as_posix()}"] = hashes.content(part)
+    return shaping
 
 
 def source(module: str, hashes: HashCache) -> str:

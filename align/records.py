@@ -4,6 +4,7 @@
 Fields that a record does not know are kept in `meta`, so that a user's own columns survive.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
@@ -59,6 +60,49 @@ def _text(line: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise DataError(f'no "{key}" (a string)')
     return value
+
+
+def _number(line: Mapping[str, Any], key: str) -> float:
+    """The number under `key`, 0 where there is none or null."""
+    value = line.get(key)
+    if value is None:
+        return 0.0
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f'"{key}" is {_shown(value)}, not a number')
+    return number
+
+
+def _whole(line: Mapping[str, Any], key: str) -> int:
+    """The whole number under `key`, 0 where there is none or null."""
+    value = line.get(key)
+    if type(value) is int:
+        return value
+    number = _number(line, key)
+    if not number.is_integer():
+        raise DataError(f'"{key}" is {_shown(value)}, not a whole number')
+    return int(number)
+
+
+def _tokens(line: Mapping[str, Any]) -> tuple[int, ...]:
+    """The token ids under "tokens", none where there are none or null."""
+    value = line.get("tokens")
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple) or any(type(token) is not int for token in value):
+        raise DataError(f'"tokens" is {_shown(value)}, not a list of whole numbers')
+    return tuple(value)
+
+
+def _shown(value: Any) -> str:
+    """A value as an error quotes it, however long it is; numbers may be too long to be spelled."""
+    try:
+        return repr(value)[:40]
+    except ValueError:
+        return "too many digits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +177,23 @@ class Response:
         """Tokens without the end-of-sequence token."""
         return len(self.tokens) - (self.finish == "eos")
 
+    @classmethod
+    def from_json(cls, row: Any) -> Self:
+        """One of a candidate's `responses`: a text, or an object with one."""
+        row = {"text": row} if isinstance(row, str) else row
+        if not isinstance(row, Mapping):
+            raise DataError('"responses" holds something that is neither a string nor an object')
+        finish = row.get("finish", "eos")
+        if not isinstance(finish, str):
+            raise DataError(f'"finish" is {_shown(finish)}, not a string')
+        return cls(
+            text=_text(row, "text"),
+            finish=finish,
+            tokens=_tokens(row),
+            logprob=_number(row, "logprob"),
+            seed=_whole(row, "seed"),
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
@@ -149,24 +210,11 @@ class Candidate(Record):
         rows = line.get("responses")
         if not isinstance(rows, list) or not rows:
             raise DataError('no "responses" (a non-empty list)')
-        responses = []
-        for row in rows:
-            row = {"text": row} if isinstance(row, str) else row
-            if not isinstance(row, Mapping):
-                raise DataError(
-                    '"responses" holds something that is neither a string nor an object'
-                )
-            responses.append(
-                Response(
-                    text=_text(row, "text"),
-                    finish=str(row.get("finish", "eos")),
-                    tokens=tuple(row.get("tokens") or ()),
-                    logprob=float(row.get("logprob") or 0.0),
-                    seed=int(row.get("seed") or 0),
-                )
-            )
-        shared = cls._shared(line, number)
-        return cls(**shared, responses=tuple(responses), sampler=line.get("sampler") or {})
+        sampler = line.get("sampler")
+        if sampler is not None and not isinstance(sampler, Mapping):
+            raise DataError(f'"sampler" is a {type(sampler).__name__}, not an object {{…}}')
+        responses = tuple(Response.from_json(row) for row in rows)
+        return cls(**cls._shared(line, number), responses=responses, sampler=sampler or {})
 
     def to_json(self) -> dict[str, Any]:
         line = super().to_json()

@@ -49,3 +49,36 @@ def test_a_failure_can_carry_no_probability_and_a_verdict_needs_one(status, p):
 def test_meta_that_is_no_object_is_refused():
     with pytest.raises(DataError, match='"meta" is a str, not an object'):
         Prompt.from_json({"prompt": "q", "meta": "abc"})
+
+
+@pytest.mark.parametrize(
+    ("response", "more", "names"),
+    [
+        ({}, {"sampler": "gpt-4"}, '"sampler" is a str, not an object'),
+        ({}, {"sampler": []}, '"sampler" is a list'),
+        ({}, {"meta": []}, '"meta" is a list'),
+        ({"seed": 1e999}, {}, '"seed" is inf, not a number'),
+        ({"seed": 0.5}, {}, '"seed" is 0.5, not a whole number'),
+        ({"seed": True}, {}, '"seed" is True'),
+        ({"tokens": 5}, {}, '"tokens" is 5, not a list'),
+        ({"tokens": ["a"]}, {}, '"tokens" is'),
+        ({"tokens": "abc"}, {}, '"tokens" is'),
+        ({"logprob": "x"}, {}, "\"logprob\" is 'x', not a number"),
+        ({"logprob": 10**400}, {}, '"logprob" is 1000'),
+        ({"logprob": 10**5000}, {}, '"logprob" is too many digits'),
+        ({"finish": 1}, {}, '"finish" is 1, not a string'),
+    ],
+)
+def test_what_does_not_fit_in_a_candidate_is_named_by_its_field(response, more, names):
+    line = {"prompt": "?", "responses": [{"text": "a", **response}], **more}
+    with pytest.raises(DataError) as error:
+        Candidate.from_json(line)
+    assert names in str(error.value)
+
+
+def test_nulls_of_a_candidate_are_what_it_is_without_them():
+    names = ("tokens", "logprob", "seed")
+    line = {"prompt": "?", "responses": [{"text": "a", **dict.fromkeys(names)}], "sampler": None}
+    plain = Candidate.from_json({"prompt": "?", "responses": ["a"]})
+    assert Candidate.from_json(line) == plain
+    assert Candidate.from_json({"prompt": "?", "responses": [{"text": "a", "seed": 2.0}]})

@@ -4,20 +4,19 @@ A better parser raises `PARSER`: answers that are in the ledger are then read ag
 """
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from align.judge.forms import LISTWISE, SCALAR, Form
-from align.judge.spoken import Found, after_thinking, lone, ranked, tagged, value_of
+from align.judge.objects import Parsed, beside, in_objects, parsed, unbroken
+from align.judge.spoken import Found, after_thinking, lone, ranked, tagged
 from align.judge.token_logprobs import probabilities
 from align.unseen import NARROW
 
-PARSER = 1
+PARSER = 2
 OK, REFUSAL, MALFORMED = "ok", "refusal", "malformed"
 LONGEST = 100_000  # characters behind the thinking; what is longer is no verdict
-MOST_OBJECTS = 100
 MOST_TOKENS = 1 << 40  # what says more is no count
 
 
@@ -99,20 +98,22 @@ def read(body: Mapping[str, Any], form: Form) -> Reading:
     if start is None or len(content) - start > LONGEST:
         why = "no end of its thinking" if start is None else f"{len(content) - start} characters"
         return Reading(status=MALFORMED, why=f"{why} in {content[:100]!r}")
-    narrow = content[start:].translate(NARROW)
-    found = list(given(narrow, form, cut=ending == "length"))
+    narrow, cut = content[start:].translate(NARROW), ending == "length"
+    objects = parsed(narrow, cut=cut)
+    whole = unbroken(narrow, objects)
+    lines = min(whole, finished(narrow, form), key=len) if cut else whole
+    found = list(given(narrow, objects, lines, form))
     said, sure = {each.value for each in found}, [each for each in found if each.sure]
     if len(said) != 1 or not sure:
-        none = "cut off at max_tokens" if ending == "length" else f"no {form.key}"
+        none = "cut off at max_tokens" if cut else f"no {form.key}"
         why = f"several answers: {sorted(map(str, said))[:5]}" if len(said) > 1 else none
         return Reading(status=MALFORMED, why=f"{why} in {content[start:][:100]!r}")
     answer = sure[-1]
     if form.kind == LISTWISE:
         return Reading(status=OK, ranking=tuple(answer.value))
-    lines = finished(narrow, form) if ending == "length" else narrow
     criteria = {}
     for name in form.criteria:
-        if (value := criterion(narrow, lines, name, form)) is None:
+        if (value := criterion(narrow, objects, lines, name, form)) is None:
             return Reading(status=MALFORMED, why=f"no {name}")
         criteria[name] = value
     likely: Mapping[str, float] = {}
@@ -124,20 +125,22 @@ def read(body: Mapping[str, Any], form: Form) -> Reading:
     return Reading(status=OK, label=answer.value, criteria=criteria, probabilities=likely)
 
 
-def given(text: str, form: Form, *, cut: bool) -> Iterator[Found]:
-    """Every answer in the text: in JSON objects, on tagged lines, and as a last line of its own.
+def given(text: str, objects: Sequence[Parsed], lines: str, form: Form) -> Iterator[Found]:
+    """Every answer in the text: in JSON objects, on tagged lines, and as a last line of its own;
+    and what may contradict it.
 
     Args:
-        cut: the text broke off: what stands at its very end may have been meant to go on.
+        objects: of the text, as `parsed` finds them.
+        lines: the beginning of the text whose lines are whole and quoted by no broken object.
     """
-    objects = list(in_objects(text, form.key, form))
-    lines = finished(text, form) if cut else text
-    named = [*objects, *tagged(lines, form.key, form)]
+    held = list(in_objects(text, objects, form.key, form))
+    named = [*held, *tagged(lines, form.key, form)]
     yield from named
+    yield from beside(text, objects, form.key, form)
     if form.kind == LISTWISE:
         if not named and (order := ranked(lines, form.labels)) is not None:
             yield Found(value=order)
-    elif not objects:
+    elif not held:
         yield from lone(lines, form, alone=not named)
 
 
@@ -152,56 +155,15 @@ def finished(text: str, form: Form) -> str:
     return text[: text.rfind("\n") + 1]
 
 
-def in_objects(text: str, key: str, form: Form) -> Iterator[Found]:
-    """From the JSON objects in the text that have the key and a value that fits."""
-    decoder, start = json.JSONDecoder(object_pairs_hook=unambiguous), 0
-    for _ in range(MOST_OBJECTS):
-        start = text.find("{", start)
-        if start < 0:
-            return
-        try:
-            body, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            start += 1
-            continue
-        if key in body and (found := fitting(body[key], form)) is not None:
-            yield Found(value=found.value, place=written(text[start:end], key, body[key], found,
-                                                         offset=start))  # fmt: skip
-        start = end
-
-
-def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; one that says a name twice says nothing."""
-    body = dict(pairs)
-    return body if len(body) == len(pairs) else {}
-
-
-def fitting(value: Any, form: Form) -> Found | None:
-    """A JSON value as one of the form's labels (or a ranking of all of them)."""
-    if form.kind == LISTWISE:
-        if isinstance(value, list):
-            value = "\n".join(v if isinstance(v, str) else "?" for v in value)
-        order = ranked(value, form.labels) if isinstance(value, str) else None
-        return None if order is None else Found(value=order)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    return value_of(str(value), form)
-
-
-def written(text: str, key: str, value: Any, found: Found, *, offset: int) -> int | None:
-    """Where the label of an object's key stands, None where that is not sure."""
-    places = list(re.finditer(rf'"{re.escape(key)}"\s{{0,20}}:\s{{0,20}}"?', text))
-    if len(places) != 1 or found.place is None:
-        return None
-    at = places[0].end()
-    return offset + at + found.place if text.startswith(str(value), at) else None
-
-
-def criterion(text: str, lines: str, name: str, form: Form) -> str | None:
-    """The answer to one criterion, where there is exactly one; `lines`: what of the text is no
-    broken line.
-    """
-    found = [*in_objects(text, name, form), *tagged(lines, name, form)]
+def criterion(
+    text: str, objects: Sequence[Parsed], lines: str, name: str, form: Form
+) -> str | None:
+    """The answer to one criterion, where there is exactly one; `lines` as in `given`."""
+    found = [
+        *in_objects(text, objects, name, form),
+        *tagged(lines, name, form),
+        *beside(text, objects, name, form),
+    ]
     said = {each.value for each in found}
     return said.pop() if len(said) == 1 and any(each.sure for each in found) else None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from align.errors import JudgeError
 from align.judge import answers, endpoint
-from align.judge.answers import MALFORMED, PARSER, Reading, Usage, usage
+from align.judge.answers import MALFORMED, PARSER, REFUSAL, Reading, Usage, usage
 from align.judge.endpoint import Endpoint, Reply
 from align.judge.entries import ANSWERED, Caps, Judgment
 from align.judge.ledger import Ledger
@@ -24,10 +24,11 @@ from align.judge.settings import Openai
 from align.judge.verdicts import Answer, Question
 
 BUSY_S = 0.2  # between two looks at what another process is asking
+POLLS = 25  # looks, before it is seen whether that process still lives
 HOPELESS = 20  # requests refused for what they hold, without one that was not: the set-up is wrong
 PATIENCE_S = 5.0  # a longer wait is told
 MOST_DOUBLINGS = 4  # of a refused request's own wait, since the pace slows down all of them
-FINAL = (endpoint.ANSWERED, endpoint.OVERFLOWED, endpoint.REJECTED)
+FINAL = (endpoint.ANSWERED, endpoint.OVERFLOWED, endpoint.FILTERED, endpoint.REJECTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,8 @@ class Asker:
         """Asks until there is an answer, or a status that tells why there is none."""
         while True:
             tried = await self.persist(wanted)
-            if tried is None:  # another process asks, or has just been answered
-                known = await self.known(wanted)
+            if tried is None:
+                known = await self.from_another(wanted)
                 if known is not None:
                     return known
                 continue
@@ -136,6 +137,17 @@ class Asker:
             reading = Reading.from_json(judgment.answer)
             return self.without(Answer(reading=reading, tokens=judgment.tokens, cost=judgment.cost))
 
+    async def from_another(self, wanted: Request) -> Answer | None:
+        """What another process is told that asks the same; None when it has died, or takes long
+        enough to see whether it has.
+        """
+        for _ in range(POLLS):
+            known = await self.known(wanted)
+            if known is not None or not self.ledger.is_open(wanted.key):
+                return known
+            await self.wait(BUSY_S)
+        return None
+
     def without(self, answer: Answer) -> Answer:
         """Tells why there is no verdict, the first time that a status comes up."""
         status, why = answer.status, answer.reading.why
@@ -149,7 +161,7 @@ class Asker:
         """Attempts until the endpoint has no failure of its own to blame, or has had its chances;
         None where another process has the request.
         """
-        failures, refusals, started = 0, 0, time.monotonic()
+        failures = refusals = 0
         while True:
             tried = await self.once(wanted)
             if tried is None or tried.reply.kind in FINAL:
@@ -160,9 +172,7 @@ class Asker:
                     return tried
                 await self.wait(full_jitter(failures, self.rng))
             else:
-                refusals += 1
-                if time.monotonic() - started > self.settings.give_up_after_s:
-                    return tried
+                refusals += 1  # for how long they may go on is a matter of the whole run
                 await self.wait(full_jitter(min(refusals, MOST_DOUBLINGS), self.rng))
 
     async def once(self, wanted: Request) -> "Attempt | None":
@@ -181,7 +191,6 @@ class Asker:
                 if begun.outcome == "go":
                     break
                 if begun.outcome in ("busy", "known"):
-                    await asyncio.sleep(BUSY_S if begun.outcome == "busy" else 0)
                     return None
                 if begun.outcome == "batched":
                     raise self.halt(self.batched())
@@ -195,8 +204,11 @@ class Asker:
             finally:
                 self.under_way -= 1
             self.learn(reply)
-            judgment = self.judgment(wanted, reply, attempt=begun.attempt)
-            await self.write(wanted, reply, judgment, attempt=begun.attempt, reserve=reserve)
+            judgment = None
+            try:
+                judgment = self.judgment(wanted, reply, attempt=begun.attempt)
+            finally:  # stored even if it could not be read
+                await self.write(wanted, reply, judgment, attempt=begun.attempt, reserve=reserve)
             if reply.kind == endpoint.STOP:
                 raise self.halt(JudgeError(reply.why))
             return Attempt(reply=reply, judgment=judgment)
@@ -298,8 +310,8 @@ class Asker:
 
     def judgment(self, wanted: Request, reply: Reply, *, attempt: int) -> Judgment | None:
         """What a reply says, None where it says nothing."""
-        if reply.kind == endpoint.OVERFLOWED:
-            return self.overflow(reply, attempt=attempt)
+        if reply.kind in (endpoint.OVERFLOWED, endpoint.FILTERED):
+            return self.unasked(reply, attempt=attempt)
         if reply.kind != endpoint.ANSWERED:
             return None
         reading = answers.read(reply.body, wanted.form)
@@ -313,9 +325,10 @@ class Asker:
             attempt=attempt,
         )
 
-    def overflow(self, reply: Reply, *, attempt: int) -> Judgment:
-        """Of a request that is longer than the model's window."""
-        reading = Reading(status="overflow", why=reply.why)
+    def unasked(self, reply: Reply, *, attempt: int) -> Judgment:
+        """Of a request that is longer than the model's window, or that a content filter held."""
+        status = "overflow" if reply.kind == endpoint.OVERFLOWED else REFUSAL
+        reading = Reading(status=status, why=reply.why)
         return Judgment(
             status=reading.status, answer=reading.to_json(), parser=PARSER, tokens=0, cost=0,
             attempt=attempt,
@@ -367,7 +380,8 @@ class Asker:
             JudgeError: there were many, and none that was not: the set-up is wrong.
         """
         self.rejected += 1
-        if not self.good and self.rejected >= HOPELESS:
+        fresh = not self.good and not self.ledger.has_verdicts(self.settings.judge)
+        if self.rejected >= HOPELESS and fresh:
             raise self.halt(
                 JudgeError(
                     f"judge.base_url={self.endpoint.url}: refused the first {self.rejected} "

@@ -131,8 +131,5 @@ class Run:
 @contextlib.contextmanager
 def interruptible(run: Run) -> Iterator[None]:
     """Ctrl-C ends the waiting; the provider's batches go on."""
-    try:
-        with deferred(run.stop):
-            yield
-    except Interrupted:
-        raise KeyboardInterrupt from None
+    with deferred(run.stop):
+        yield

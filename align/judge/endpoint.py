@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from align.errors import ConfigError, JudgeError
 from align.judge.answers import completion
 from align.judge.schedule import retry_after
+from align.unseen import UNSEEN
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -26,6 +27,7 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 # Connections of one pool: at each request a pool looks at all of its idle ones, so many small pools
 # cost less than one for hundreds of connections.
 POOL = 8
+LONGEST_WHY = 300  # characters of what a server says, shown to people
 SHORTEST_KEY = 8  # a shorter word is no secret, and striking it out would garble answers
 # How endpoints say that a request is longer than the model's window.
 OVERFLOW = (
@@ -35,8 +37,8 @@ OVERFLOW = (
 )  # fmt: skip
 
 # Kinds of replies.
-ANSWERED, GARBLED, LIMITED, DOWN, UNREACHABLE, OVERFLOWED, REJECTED, STOP = (
-    "answered", "garbled", "429", "down", "unreachable", "overflow", "rejected", "stop",
+ANSWERED, GARBLED, LIMITED, DOWN, UNREACHABLE, OVERFLOWED, FILTERED, REJECTED, STOP = (
+    "answered", "garbled", "429", "down", "unreachable", "overflow", "filtered", "rejected", "stop",
 )  # fmt: skip
 
 
@@ -47,7 +49,8 @@ class Reply:
     Attributes:
         kind: answered (a chat completion, in `body`), garbled (200, yet none), 429, down (5xx, a
             time-out or a broken connection: perhaps billed), unreachable (never sent), overflow,
-            rejected (another 4xx) or stop (nothing that follows could work).
+            filtered (refused by a content filter), rejected (another 4xx) or stop (nothing that
+            follows could work).
         raw: the bytes as they came, keys struck out.
         wait: seconds for which the endpoint asks to be left alone.
         why: one line for people.
@@ -68,12 +71,14 @@ def check_url(url: str) -> None:
         ConfigError: it is no http(s) address, or holds a password or a query, which would end up in
             files.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(
-            f"judge.base_url={url}: is no address; type judge.base_url=http://HOST:PORT/v1"
-        )
-    if parts.username or parts.password or parts.query:
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, parts.hostname
+    except ValueError:
+        parts, port, host = urlsplit(""), None, None
+    if parts.scheme not in ("http", "https") or not host or " " in url or port == 0:
+        raise ConfigError("judge.base_url: is no address; type judge.base_url=http://HOST:PORT/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
         raise ConfigError(
             "judge.base_url: holds a user, a password or a query, which would end up in files; put "
             "the key into an environment variable and name that with judge.api_key_env=NAME"
@@ -103,6 +108,15 @@ def find_key(base_url: str | None, api_key_env: str | None) -> str | None:
     return key
 
 
+async def without_account(request: Any) -> None:
+    """Takes out what the SDK adds from the environment for OpenAI alone: other hosts must not learn
+    of it.
+    """
+    custom = os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()
+    for name in ("OpenAI-Organization", "OpenAI-Project", *(line.split(":")[0] for line in custom)):
+        request.headers.pop(name.strip(), None)
+
+
 class Endpoint:
     """A client for one address. Example: `reply = await endpoint.chat(body)`."""
 
@@ -120,13 +134,14 @@ class Endpoint:
 
         def client() -> AsyncOpenAI:
             limits = httpx2.Limits(max_connections=POOL, max_keepalive_connections=POOL)
+            hooks = {"request": [] if self.url == OPENAI else [without_account]}
             return AsyncOpenAI(
                 api_key=self.key or "none",
                 base_url=self.url,
                 max_retries=0,
                 timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
                 http_client=DefaultAsyncHttpxClient(
-                    follow_redirects=False, limits=limits, verify=certificates
+                    follow_redirects=False, limits=limits, verify=certificates, event_hooks=hooks
                 ),
             )
 
@@ -159,8 +174,9 @@ class Endpoint:
 
     def told(self, error: object) -> str:
         """An error in one line, without the key."""
-        text = " ".join(str(error).split())[:300]
-        return self.clean(text.encode("utf-8", "replace")).decode("utf-8", "replace")
+        clean = self.clean(str(error).encode("utf-8", "replace")).decode("utf-8", "replace")
+        line = UNSEEN.sub("", " ".join(clean.split()))
+        return line[:LONGEST_WHY]
 
     async def chat(self, body: Mapping[str, Any]) -> Reply:
         """Sends one chat completion; never raises for what the endpoint does."""
@@ -176,11 +192,13 @@ class Endpoint:
                 )
         except openai.APIStatusError as error:
             return self.refused(error)
-        except (TimeoutError, openai.APITimeoutError):
+        except TimeoutError:
             return Reply(kind=DOWN, why=f"no answer within {self.timeout_s:g} s")
-        except openai.APIConnectionError as error:
+        except openai.APIConnectionError as error:  # a time-out of the SDK's is one too
             cause = error.__cause__
             never_sent = type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+            if isinstance(error, openai.APITimeoutError) and not never_sent:
+                return Reply(kind=DOWN, why=f"no answer within {self.timeout_s:g} s")
             why = f"{self.url}: {self.told(cause or error)}"
             return Reply(kind=UNREACHABLE if never_sent else DOWN, why=why)
         finally:
@@ -208,6 +226,8 @@ class Endpoint:
             wait = retry_after(headers) if kind == LIMITED else None
             return Reply(kind=kind, raw=raw, http=status, headers=headers, wait=wait, why=why)
 
+        if code == "content_filter":
+            return reply(FILTERED)
         if 300 <= status < 400:
             to = self.told(headers.get("location", "elsewhere"))
             return reply(

@@ -37,7 +37,7 @@ class Begun:
             be passed).
         attempt: its id when `go`.
         n: how many attempts the request has had before.
-        left: nano-dollars under way of this judge, when the budget says no.
+        under_way: nano-dollars that will be settled soon, when the budget says no.
     """
 
     outcome: str

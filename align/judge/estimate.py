@@ -6,9 +6,9 @@ from pathlib import Path
 
 from align.judge.ledger import Ledger
 from align.judge.prices import Price, price_of
-from align.judge.request import Capability, request
+from align.judge.request import Capability, able_of, request
 from align.judge.settings import Openai
-from align.judge.verdicts import groups, questions
+from align.judge.verdicts import Group, groups, questions
 from align.records import Comparison
 
 CHARACTERS_PER_TOKEN = 4  # of English prose; other languages have fewer
@@ -36,6 +36,13 @@ class Estimate:
     seconds: float
 
 
+def too_long(group: Group, *, settings: Openai) -> bool:
+    """Whether the judge would pass it over, and ask nothing."""
+    from align.judge.openai import dropped  # takes the client along, which only labelling needs
+
+    return dropped(group, settings=settings)
+
+
 def estimate(comparisons: Iterable[Comparison], *, settings: Openai) -> Estimate:
     """Renders every question as it would be sent, and looks up which are answered already."""
     price = price_of(settings)
@@ -43,13 +50,13 @@ def estimate(comparisons: Iterable[Comparison], *, settings: Openai) -> Estimate
     ledger = Ledger.open(path) if path.exists() else None
     try:
         probed = ledger.capability(settings.judge) if ledger else None
-        able = Capability(**probed) if probed else Capability.assumed(settings)
-        if settings.answer != "auto":
-            able = able.answering(settings.answer)
+        able = able_of(settings, Capability(**probed) if probed else Capability.assumed(settings))
         measured = ledger.seconds_per_request(settings.judge) if ledger else None
         count = requests = known = read = worst = 0
         for group in groups(comparisons, settings=settings):
             count += len(group.comparisons)
+            if too_long(group, settings=settings):
+                continue
             for question in questions(group, settings=settings, samples=settings.samples):
                 wanted = request(question, settings=settings, able=able, limit=settings.max_chars)
                 requests += 1

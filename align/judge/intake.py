@@ -164,7 +164,7 @@ def put(
         if kind not in (endpoint.ANSWERED, endpoint.GARBLED):
             ending["cost"] = 0
         overflow = kind == endpoint.OVERFLOWED
-        judgment = asker.overflow(line.reply, attempt=attempt) if overflow else None
+        judgment = asker.unasked(line.reply, attempt=attempt) if overflow else None
         finish(db, attempt, **ending, key=line.key, judgment=judgment)
         counts.answered += kind == endpoint.ANSWERED
         counts.again += kind not in PERMANENT

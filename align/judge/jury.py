@@ -138,7 +138,9 @@ def copies(comparisons: Iterable[Comparison], count: int) -> Sequence[Iterable[C
 
 
 async def side_by_side(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, in order; when one fails, the others are cancelled and waited for."""
+    """The results of all, in order; when one fails, the others are cancelled and waited for. A
+    member that is paid for each answer finishes what is under way when it is cancelled.
+    """
     tasks = [asyncio.ensure_future(part) for part in work]
     try:
         return list(await asyncio.gather(*tasks))

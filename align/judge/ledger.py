@@ -71,7 +71,7 @@ class Ledger:
         with alone(path):
             reader, writer = connect(path), connect(path)
             try:
-                prepare(reader, path)
+                prepare(reader)
                 claim_host(reader, path)
                 owner = Owner.new(path)
                 with transaction(reader):
@@ -108,35 +108,41 @@ class Ledger:
 
     # What is read, in the calling thread.
 
-    def judgment(self, key: bytes) -> Judgment | None:
-        row = self.reader.execute(
-            "SELECT status, answer, parser, tokens, cost, attempt FROM judgment WHERE key = ?",
-            (key,),
-        ).fetchone()
-        if row is None:
-            return None
+    def _rows(self, query: str, *values: Any) -> list[Any]:
         try:
-            answer = json.loads(row[1])
+            return self.reader.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:  # a damaged page, for instance
+            raise unreadable(self.path, error) from error
+
+    def judgment(self, key: bytes) -> Judgment | None:
+        rows = self._rows(
+            "SELECT status, answer, parser, tokens, cost, attempt FROM judgment WHERE key = ?", key
+        )
+        if not rows:
+            return None
+        status, answer, parser, tokens, cost, attempt = rows[0]
+        try:
+            answer = json.loads(answer)
         except ValueError as error:
             raise unreadable(self.path, error) from error
         return Judgment(
-            status=row[0], answer=answer, parser=row[2], tokens=row[3], cost=row[4], attempt=row[5]
+            status=status, answer=answer, parser=parser, tokens=tokens, cost=cost, attempt=attempt
         )
 
     def raw(self, attempt: int) -> bytes:
         """The stored bytes of an attempt's answer."""
-        row = self.reader.execute("SELECT raw FROM attempt WHERE id = ?", (attempt,)).fetchone()
-        return bytes(row[0]) if row and row[0] is not None else b""
+        rows = self._rows("SELECT raw FROM attempt WHERE id = ?", attempt)
+        return bytes(rows[0][0]) if rows and rows[0][0] is not None else b""
 
     def from_batches(self, key: bytes) -> list[Stored]:
         """The answers that came in batches, where a request's form is not known and they stay
         unread until somebody asks.
         """
-        rows = self.reader.execute(
+        rows = self._rows(
             "SELECT id, raw, coalesce(prompt_tokens, 0) + coalesce(completion_tokens, 0), cost "
             "FROM attempt WHERE key = ? AND status = ? AND substr(owner, 1, ?) = ? ORDER BY n",
-            (key, ANSWERED, len(BATCH), BATCH),
-        ).fetchall()
+            key, ANSWERED, len(BATCH), BATCH,
+        )  # fmt: skip
         return [
             Stored(attempt=row[0], raw=bytes(row[1] or b""), tokens=row[2], cost=row[3])
             for row in rows
@@ -145,28 +151,44 @@ class Ledger:
     def answered(self, key: bytes) -> int:
         """How many attempts of a request were answered, readable or not."""
         counted = "SELECT count(*) FROM attempt WHERE key = ? AND status = ?"
-        return int(self.reader.execute(counted, (key, ANSWERED)).fetchone()[0])
+        return int(self._rows(counted, key, ANSWERED)[0][0])
 
-    def capability(self, identity: str) -> dict[str, Any] | None:
-        row = self.reader.execute(
-            "SELECT capability FROM judge WHERE identity = ?", (identity,)
-        ).fetchone()
-        return json.loads(row[0]) if row and row[0] else None
+    def capability(self, identity: str) -> Any:
+        """What was stored of it, None where nothing was."""
+        rows = self._rows("SELECT capability FROM judge WHERE identity = ?", identity)
+        try:
+            return json.loads(rows[0][0]) if rows and rows[0][0] else None
+        except ValueError as error:
+            raise unreadable(self.path, error) from error
 
-    def spending(self, identity: str) -> "Spending":
+    def is_open(self, key: bytes) -> bool:
+        """Whether somebody is asking it, as far as the file says."""
+        query = "SELECT 1 FROM attempt WHERE key = ? AND finished IS NULL"
+        return bool(self._rows(query, key))
+
+    def has_verdicts(self, identity: str) -> bool:
+        """Whether any request of this judge has led to a verdict."""
+        query = (
+            "SELECT 1 FROM judgment JOIN request USING (key) "
+            "WHERE identity = ? AND judgment.status = 'ok' LIMIT 1"
+        )
+        return bool(self._rows(query, identity))
+
+    def spending(self, identity: str) -> Spending:
         """What a judge has cost over the life of the file."""
-        row = self.reader.execute(
-            "SELECT attempts, spent, reserved, uncertain FROM judge WHERE identity = ?", (identity,)
-        ).fetchone() or (0, 0, 0, 0)
-        return Spending(attempts=row[0], spent=row[1], reserved=row[2], uncertain=row[3])
+        rows = self._rows(
+            "SELECT attempts, spent, reserved, uncertain FROM judge WHERE identity = ?", identity
+        )
+        attempts, spent, reserved, uncertain = rows[0] if rows else (0, 0, 0, 0)
+        return Spending(attempts=attempts, spent=spent, reserved=reserved, uncertain=uncertain)
 
     def seconds_per_request(self, identity: str) -> float | None:
         """Median time of this judge's latest answers, None before there are any."""
-        rows = self.reader.execute(
+        rows = self._rows(
             "SELECT finished - started FROM attempt JOIN request USING (key) WHERE identity = ? "
             "AND attempt.status = ? ORDER BY id DESC LIMIT 200",
-            (identity, ANSWERED),
-        ).fetchall()
+            identity, ANSWERED,
+        )  # fmt: skip
         return sorted(row[0] for row in rows)[len(rows) // 2] if rows else None
 
     # What is written, in the writer's thread.
@@ -218,6 +240,8 @@ class Ledger:
         if self.broken is not None:
             raise unreadable(self.path, self.broken)
         done: Future[Any] = Future()
+        # Whoever waits may be cancelled; what is to be written is written all the same.
+        done.set_running_or_notify_cancel()
         self.operations.put(Operation(work=work, done=done))
         return done
 
@@ -227,22 +251,23 @@ class Ledger:
             while (group := self._group()) is not None:
                 if time.monotonic() - beat > HEARTBEAT_S:
                     beat = time.monotonic()
-                    group.append(Operation(work=claim_again(self.path), done=Future()))
+                    claim_host(self.writer, self.path)
                 perform(self.writer, group)
         except BaseException as error:  # handed to whoever waits, here and from now on
             self.broken = error
             self._fail(error)
 
     def _group(self) -> "list[Operation] | None":
-        """What has come since the last commit; waits for the first."""
-        first = self.operations.get()
-        if first is None:
-            return None
-        group = [first]
+        """What has come since the last commit; waits for the first, but for no longer than a sign
+        of life is due. None: there is nothing more to come.
+        """
+        group: list[Operation] = []
         with contextlib.suppress(queue.Empty):
             while len(group) < GROUP:
-                another = self.operations.get_nowait()
+                another = self.operations.get(block=not group, timeout=HEARTBEAT_S)
                 if another is None:
+                    if not group:
+                        return None
                     self.operations.put(None)
                     break
                 group.append(another)
@@ -263,12 +288,14 @@ class Operation:
 
 def perform(connection: sqlite3.Connection, group: list[Operation]) -> None:
     """One transaction for the group; whoever waits is told once it is on disk."""
+    if not group:
+        return
     results: list[Any] = []
     try:
         with transaction(connection):
             for operation in group:
                 results.append(operation.work(connection))
-    except sqlite3.Error as error:
+    except BaseException as error:
         for operation in group:
             operation.done.set_exception(unreadable(Path(file_of(connection)), error))
         raise
@@ -278,7 +305,3 @@ def perform(connection: sqlite3.Connection, group: list[Operation]) -> None:
 
 def file_of(connection: sqlite3.Connection) -> str:
     return str(connection.execute("PRAGMA database_list").fetchone()[2])
-
-
-def claim_again(path: Path) -> Callable[[sqlite3.Connection], None]:
-    return lambda db: claim_host(db, path, inside=True)

@@ -4,6 +4,7 @@ import contextlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from align.errors import JudgeError
 
@@ -61,7 +62,7 @@ CREATE TABLE batch (
   created REAL NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE job (
-  id TEXT PRIMARY KEY,                 -- what is being judged, so that a restart is the same job
+  id TEXT PRIMARY KEY,                 -- the process that works on it
   title TEXT NOT NULL,
   identity TEXT NOT NULL,
   started REAL NOT NULL,
@@ -73,18 +74,33 @@ CREATE TABLE job (
 """
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """A connection that waits for other processes, and trusts nothing in the file's schema."""
+def connect(path: Path, *, create: bool = True) -> sqlite3.Connection:
+    """A connection that waits for other processes, and trusts nothing in the file's schema.
+
+    Raises:
+        JudgeError: it is another program's file, which is left as it is.
+    """
+    address = f"file:{quote(str(path))}?mode={'rwc' if create else 'rw'}"
     try:
         connection = sqlite3.connect(
-            path, isolation_level=None, timeout=60, check_same_thread=False
+            address, uri=True, isolation_level=None, timeout=60, check_same_thread=False
         )
-        for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "synchronous=FULL"):
-            connection.execute(f"PRAGMA {pragma}")
-        connection.execute("PRAGMA journal_mode=WAL")
+        try:
+            for pragma in ("trusted_schema=OFF", "cell_size_check=ON", "synchronous=FULL"):
+                connection.execute(f"PRAGMA {pragma}")
+            if not (create and is_empty(connection)):
+                refuse_foreign(connection, path)
+            connection.execute("PRAGMA journal_mode=WAL")
+        except BaseException:
+            connection.close()
+            raise
     except sqlite3.DatabaseError as error:
         raise unreadable(path, error) from error
     return connection
+
+
+def is_empty(connection: sqlite3.Connection) -> bool:
+    return not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
 
 
 @contextlib.contextmanager
@@ -105,21 +121,24 @@ def unreadable(path: Path, error: BaseException) -> JudgeError:
     )
 
 
-def prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Makes the tables in an empty file; refuses one that is not exactly ours.
-
-    Raises:
-        JudgeError: another program's file, another schema, or triggers and views that would run
-            somebody else's statements.
-    """
+def prepare(connection: sqlite3.Connection) -> None:
+    """Makes the tables in an empty file."""
     with transaction(connection):
-        if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            for statement in TABLES.split(";\n"):
-                if statement.strip():
-                    connection.execute(statement)
-            connection.execute(f"PRAGMA application_id={APPLICATION}")
-            connection.execute(f"PRAGMA user_version={SCHEMA}")
+        if not is_empty(connection):
             return
+        for statement in TABLES.split(";\n"):
+            if statement.strip():
+                connection.execute(statement)
+        connection.execute(f"PRAGMA application_id={APPLICATION}")
+        connection.execute(f"PRAGMA user_version={SCHEMA}")
+
+
+def refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
+    """
+    Raises:
+        JudgeError: another program's file, another schema, triggers and views that would run
+            somebody else's statements, or counts below zero, with which a cap could be passed.
+    """
     found = {
         name: (kind, sql)
         for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master")
@@ -133,6 +152,12 @@ def prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise JudgeError(
             f"judge.ledger={path}: not a ledger that this version of align made (its tables "
             "differ), so nothing in it is trusted; name another file with judge.ledger=FILE"
+        )
+    below = "SELECT count(*) FROM judge WHERE min(attempts, spent, reserved, uncertain) < 0"
+    if connection.execute(below).fetchone()[0]:
+        raise JudgeError(
+            f"judge.ledger={path}: holds a count below zero, so somebody else wrote into it; name "
+            "another file with judge.ledger=FILE"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.judge.ledger_file import connect, prepare, unreadable
+from align.judge.ledger_file import connect, unreadable
 from align.judge.owners import alone
 
 
@@ -65,9 +65,8 @@ def look(path: Path) -> Seen:
         JudgeError: it is no ledger of ours.
     """
     with alone(path):
-        db = connect(path)
+        db = connect(path, create=False)
     try:
-        prepare(db, path)
         jobs = db.execute(
             "SELECT identity, title, started, seen, total, done, failed FROM job "
             "ORDER BY started DESC"

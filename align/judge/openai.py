@@ -4,6 +4,7 @@ order asked.
 
 import asyncio
 import contextlib
+import functools
 import operator
 import sys
 import time
@@ -48,12 +49,13 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Openai) -> Asy
             bench.asker.price = price_of(settings, live=True)
         total = operator.length_hint(comparisons, 0)
         tally = Tally(bench=bench, total=total)
-        with draining(bench.asker):
+        with draining(bench):
             found = in_order(
                 groups(comparisons, settings=settings),
                 bench.settle,
                 workers=2 * settings.concurrency,
                 window=WINDOW,
+                stop=functools.partial(bench.halt, Interrupted("nothing more is wanted")),
             )
             async with contextlib.aclosing(found):
                 async for settled in found:
@@ -119,6 +121,12 @@ class Bench:
 
     asker: Asker
     escalation: "Bench | Plain | None"
+
+    def halt(self, error: JudgeError) -> None:
+        """Begins nothing new, here and at the judge that it escalates to."""
+        self.asker.halt(error)
+        if self.escalation is not None and hasattr(self.escalation, "halt"):
+            self.escalation.halt(error)
 
     async def settle(self, group: Group) -> list[Verdict]:
         settings = self.asker.settings
@@ -208,25 +216,22 @@ class Interrupted(JudgeError):
 
 
 @contextlib.contextmanager
-def draining(asker: Asker) -> Iterator[None]:
+def draining(bench: Bench) -> Iterator[None]:
     """Ctrl-C stops asking and waits for what is under way, which is paid for; a second one leaves
-    at once.
+    at once. The first is remembered by `align.interrupt`.
     """
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        line = f"\nwaiting for {asker.under_way} answers under way; Ctrl-C again leaves them"
+        line = f"\nwaiting for {bench.asker.under_way} answers under way; Ctrl-C again leaves them"
         print(line, file=sys.stderr, flush=True)
-        asker.halt(Interrupted("interrupted"))
+        bench.halt(Interrupted("interrupted"))
 
     def first() -> None:
         loop.call_soon_threadsafe(stop)
 
-    try:
-        with deferred(first):
-            yield
-    except Interrupted:
-        raise KeyboardInterrupt from None
+    with deferred(first):
+        yield
 
 
 def tell_spending(asker: Asker) -> None:

@@ -9,7 +9,12 @@ R = TypeVar("R")
 
 
 async def in_order(
-    items: Iterable[T], work: Callable[[T], Awaitable[R]], *, workers: int, window: int
+    items: Iterable[T],
+    work: Callable[[T], Awaitable[R]],
+    *,
+    workers: int,
+    window: int,
+    stop: Callable[[], None] | None = None,
 ) -> AsyncGenerator[R, None]:
     """The result of `work` for each item, in order; items are taken one at a time, as workers
     become free.
@@ -20,6 +25,8 @@ async def in_order(
     Args:
         window: how many items the workers may be ahead of the oldest that is unfinished, which
             bounds what is in memory.
+        stop: called when the reader leaves early or is cancelled. What is under way is then
+            finished (it may be paid for); without `stop` it is cancelled.
     """
     assert workers >= 1 and window >= 1
     iterator = iter(items)
@@ -69,6 +76,13 @@ async def in_order(
             await ready.wait()
         if failure is not None:
             raise failure
+    except (GeneratorExit, asyncio.CancelledError) as leaving:
+        failure = failure or leaving
+        if stop is not None:
+            stop()
+            room.set()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        raise
     finally:
         for task in tasks:
             task.cancel()

@@ -4,45 +4,24 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from align.errors import JudgeError
 
 STALE_S = 120.0
 BATCH = "batch-"  # owns what was handed to a provider's Batch API
 NETWORK = frozenset(
-    [
-        "nfs",
-        "nfs3",
-        "nfs4",
-        "cifs",
-        "smb",
-        "smb2",
-        "smb3",
-        "smbfs",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "ceph",
-        "afs",
-        "glusterfs",
-        "pvfs2",
-        "orangefs",
-        "fuse.sshfs",
-        "fuse.glusterfs",
-        "fuse.ceph",
-        "fuse.s3fs",
-        "fuse.rclone",
-        "wekafs",
-        "panfs",
-    ]
-)
+    ["nfs", "nfs3", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "lustre", "gpfs", "beegfs",
+     "ceph", "afs", "glusterfs", "pvfs2", "orangefs", "wekafs", "panfs", "fuse.sshfs",
+     "fuse.glusterfs", "fuse.ceph", "fuse.s3fs", "fuse.rclone", "fuse.juicefs", "fuse.gcsfuse"]
+)  # fmt: skip
 
 
 def file_system(path: Path, mounts: str | None = None) -> str:
@@ -53,7 +32,8 @@ def file_system(path: Path, mounts: str | None = None) -> str:
     best, kind = "", "unknown"
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
-        point = left.split()[4].encode().decode("unicode_escape")
+        # A blank in a path stands there as \\040.
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
         if path.is_relative_to(point) and len(point) >= len(best):
             best, kind = point, right.split()[0]
     return kind
@@ -69,41 +49,46 @@ def refuse_network_disk(path: Path) -> None:
     if kind.lower() in NETWORK:
         raise JudgeError(
             f"judge.ledger={path}: lies on a network disk ({kind}), where SQLite loses writes; "
-            "name "
-            "a file on this machine's own disk, judge.ledger=/var/tmp/judgments.sqlite for "
-            "instance, "
-            "and copy it away when the work is done"
+            "name a file on this machine's own disk, judge.ledger=/var/tmp/judgments.sqlite for "
+            "instance, and copy it away when the work is done"
         )
 
 
-def claim_host(db: sqlite3.Connection, path: Path, *, inside: bool = False) -> None:
-    """One host writes: its name and a sign of life stand in the file.
+def this_boot() -> str:
+    """Names the running kernel, which all containers of a host share, as they share its locks."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.exists() else socket.gethostname()
 
-    Args:
-        inside: a transaction is open already.
+
+def claim_host(db: sqlite3.Connection, path: Path) -> None:
+    """One host writes: which one, and a sign of life, stand in the file. A host that was started
+    anew is known by its name.
 
     Raises:
         JudgeError: another host gave a sign of life within two minutes.
     """
-    host = socket.gethostname()
-    if not inside:
-        db.execute("BEGIN IMMEDIATE")
+    host, boot = socket.gethostname(), this_boot()
+    db.execute("BEGIN IMMEDIATE")
     try:
         row = db.execute("SELECT value FROM about WHERE name = 'writer'").fetchone()
-        writer: dict[str, Any] = json.loads(row[0]) if row else {"host": host, "seen": 0.0}
-        ago = time.time() - float(writer["seen"])
-        if writer["host"] != host and ago < STALE_S:
-            raise JudgeError(
-                f"judge.ledger={path}: host {writer['host']} writes it (last sign of life "
-                f"{ago:.0f} s "
-                "ago), and only one host can; run there, or name another file with "
-                "judge.ledger=FILE"
-            )
-        now = json.dumps({"host": host, "seen": time.time()})
+        if row is not None:
+            writer = json.loads(row[0])
+            ago = time.time() - float(writer["seen"])
+            if ago < STALE_S and writer["host"] != host and writer["boot"] != boot:
+                raise JudgeError(
+                    f"judge.ledger={path}: host {writer['host']} writes it (last sign of life "
+                    f"{ago:.0f} s ago), and only one host can; run there, or name another file "
+                    "with judge.ledger=FILE"
+                )
+        now = json.dumps({"host": host, "boot": boot, "seen": time.time()})
         db.execute("INSERT OR REPLACE INTO about VALUES ('writer', ?)", (now,))
+    except (ValueError, KeyError, TypeError) as error:
+        raise JudgeError(
+            f"judge.ledger={path}: who writes it cannot be read ({error!r}), so somebody else "
+            "wrote into it; name another file with judge.ledger=FILE"
+        ) from error
     finally:
-        if not inside:
-            db.execute("COMMIT")
+        db.execute("COMMIT")
 
 
 @contextlib.contextmanager

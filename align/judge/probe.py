@@ -5,18 +5,23 @@ nothing; some give log-probabilities; they call the longest answer by two names.
 tried first, so that an endpoint that can do everything is asked once.
 """
 
+import asyncio
+import contextlib
+import fcntl
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 from align.errors import JudgeError
 from align.judge import endpoint
 from align.judge.answers import OK, Reading
-from align.judge.asker import Asker, Attempt
-from align.judge.forms import Form
-from align.judge.request import Capability, request
+from align.judge.asker import BUSY_S, Asker, Attempt
+from align.judge.forms import MODES, Form
+from align.judge.request import Capability, able_of, request
 from align.judge.settings import Openai
 from align.judge.verdicts import Group, Question, questions
 from align.records import Comparison, Message, Prompt
@@ -39,36 +44,70 @@ async def capability(asker: Asker) -> Capability:
         JudgeError: the endpoint refuses even the plainest request, does not answer, or gives no
             probabilities where they must be.
     """
-    identity = asker.settings.judge
-    if (known := asker.ledger.capability(identity)) is None:
-        prober = everything(asker)
-        try:
-            found = await probe(prober)
-        finally:
-            asker.sent += prober.sent
-        await asker.ledger.remember(identity, asdict(found))
-        known = asker.ledger.capability(identity) or asdict(found)  # another process may be first
-    able = Capability(**known)
     settings = asker.settings
+    async with one_prober(asker.ledger.path):
+        known = asker.ledger.capability(settings.judge)
+        if known is None:
+            prober = everything(asker)
+            try:
+                known = asdict(await probe(prober))
+            finally:
+                asker.sent += prober.sent
+            await asker.ledger.remember(settings.judge, known)
+    able = believed(known, asker)
     if str(settings.logprobs).lower() == "true" and not able.logprobs:
         raise JudgeError(
             f"judge.logprobs=true: {asker.endpoint.url} gives none at the token of the verdict; "
             "type judge.logprobs=auto"
         )
-    return replace(
-        able,
-        mode=able.mode if settings.answer == "auto" else settings.answer,
-        logprobs=able.logprobs and str(settings.logprobs).lower() != "false",
-    )
+    return able_of(settings, able)
+
+
+@contextlib.asynccontextmanager
+async def one_prober(ledger: Path) -> AsyncIterator[None]:
+    """Has other processes at the same ledger wait, so that a probe is paid for once. Not a blocking
+    lock: two judges of one process may be probed at the same time.
+    """
+    with ledger.with_name(f"{ledger.name}-probing").open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(BUSY_S)
+        yield
+
+
+def believed(known: Any, asker: Asker) -> Capability:
+    """What a ledger says of an endpoint.
+
+    Raises:
+        JudgeError: no probe can have led to it.
+    """
+    try:
+        able = Capability(**known)
+        sound = able.mode in MODES and able.limit in LIMITS
+        sound = sound and all(isinstance(v, bool) for v in (able.logprobs, able.temperature))
+    except TypeError:
+        sound = False
+    if not sound:
+        raise JudgeError(
+            f"judge.ledger={asker.ledger.path}: says of {asker.settings.judge} what no probe can "
+            "have found, so somebody else wrote into it; name another file with judge.ledger=FILE"
+        )
+    return able
 
 
 def everything(asker: Asker) -> Asker:
-    """One that asks for all that an endpoint may give. What it is answered is not counted as an
-    answer to the questions, which have yet to be taken.
+    """One that asks a plain question for all that an endpoint may give, whatever the settings want
+    to know. What it is answered is not counted as an answer to the questions, which have yet to be
+    taken.
     """
     settings = asker.settings
+    plain = Path(settings.prompts) / "helpfulness.j2"
     wanted = replace(
-        settings, answer="auto", logprobs="auto", samples=1,
+        settings, answer="auto", logprobs="auto", samples=1, kind="pairwise", scale="three",
+        criteria=[], reason=False, prompt=str(plain) if plain.is_file() else settings.prompt,
         temperature=0.0 if settings.temperature is None else settings.temperature,
     )  # fmt: skip
     return replace(asker, settings=wanted)

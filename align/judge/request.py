@@ -16,6 +16,8 @@ from align.judge.prompts import Template, one_message
 from align.judge.settings import Openai
 from align.judge.verdicts import GRAVEST, Question
 
+SURE = 1e-6  # how far probabilities may be from 1 together
+
 
 @dataclass(frozen=True, kw_only=True)
 class Capability:
@@ -41,10 +43,6 @@ class Capability:
             temperature=settings.temperature is not None,
         )
 
-    def answering(self, mode: str) -> "Capability":
-        """The same, asked in a way that the user chose."""
-        return replace(self, mode=mode)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -68,22 +66,45 @@ class Request:
         return price.cost(prompt=read, completion=max_tokens)
 
 
+def able_of(settings: Openai, probed: Capability) -> Capability:
+    """What the settings make of what an endpoint was found to be able to do."""
+    return replace(
+        probed,
+        mode=probed.mode if settings.answer == "auto" else settings.answer,
+        logprobs=probed.logprobs and str(settings.logprobs).lower() != "false",
+        temperature=probed.temperature and settings.temperature is not None,
+    )
+
+
 def sound(judgment: Judgment, form: Form) -> Reading | None:
-    """The reading that a judgment holds, None where it fits no answer of the form."""
+    """The reading that a judgment holds, None where it fits no answer of the form; never raises,
+    for others may have written the ledger.
+    """
     try:
         reading = Reading.from_json(judgment.answer)
-    except TypeError:
-        return None
-    if reading.status != answers.OK:
+        if reading.status == answers.OK:
+            return reading if fits(reading, form) else None
         return reading if reading.status in (*GRAVEST, MALFORMED) else None
-    labels = set(form.labels)
-    ranked = sorted(reading.ranking) == sorted(labels)
-    fits = ranked if form.kind == "listwise" else reading.label in labels
+    except (TypeError, AttributeError, ValueError, OverflowError):
+        return None
+
+
+def fits(reading: Reading, form: Form) -> bool:
+    """Whether an answer of the form can be read so: labels, criteria, probabilities.
+
+    Raises:
+        TypeError, AttributeError, ValueError, OverflowError: it has another shape.
+    """
+    labels, likely = set(form.labels), list(reading.probabilities.values())
+    if form.kind == "listwise":
+        answered = sorted(reading.ranking) == sorted(labels)
+    else:
+        answered = reading.label in labels
     named = set(reading.criteria) >= set(form.criteria) and set(reading.criteria.values()) <= labels
-    likely = set(reading.probabilities) <= labels and all(
-        isinstance(p, int | float) and 0 <= p <= 1 for p in reading.probabilities.values()
+    shares = set(reading.probabilities) <= labels and all(
+        type(p) in (int, float) and 0 <= p <= 1 for p in likely
     )
-    return reading if fits and named and likely else None
+    return answered and named and shares and (not likely or abs(sum(likely) - 1) <= SURE)
 
 
 def request(question: Question, *, settings: Openai, able: Capability, limit: int) -> Request:

@@ -45,7 +45,7 @@ class Asking:
     name: str
     module: str | None
     identity: str | None
-    prompt: str = field(metadata=CONTENT)
+    prompt: str = field(metadata={"fingerprint": "template", "shipped": "prompts"})
     prompts: str = field(metadata=CONTENT)
     kind: str
     scale: str
@@ -128,6 +128,17 @@ class Openai(Asking):
 
         if self.base_url is not None:
             check_url(self.base_url)
+        if self.api_key_env is not None and not self.api_key_env.isidentifier():
+            raise ConfigError(
+                "judge.api_key_env: is the name of an environment variable, and what was given is "
+                "none (if it is the key itself, it stands in your shell's history now: change it); "
+                "type export NAME=… and judge.api_key_env=NAME"
+            )
+        if self.answer == "choice" and (self.reason or self.criteria or self.kind == "listwise"):
+            raise ConfigError(
+                "judge.answer=choice: has room for one verdict, not for a reason, criteria or a "
+                "ranking; type judge.answer=auto"
+            )
         if not self.model.strip():
             raise ConfigError("judge.model: is empty; type judge.model=NAME")
         check_choice("judge.answer", self.answer, ("auto", *MODES))

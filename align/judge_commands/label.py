@@ -4,9 +4,10 @@ somebody else made.
 
 import shlex
 import shutil
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -18,7 +19,9 @@ from align.command import composed
 from align.config import Launch, build, resolved
 from align.errors import ConfigError, JudgeError
 from align.jsonl import IndexedRecords
+from align.judge.jury import voters
 from align.judge.prices import usd
+from align.judge.settings import Jury, Openai
 from align.judge_commands.status import told_time
 from align.pipeline import Done, Work, bring_about, shortest
 from align.plan import Step
@@ -27,6 +30,10 @@ from align.stages.judging import VERDICTS, read_verdicts
 from align.stages.label import asked
 from align.stages.settings import CollectStage, Label, LabelStage
 
+if TYPE_CHECKING:
+    from align.judge.estimate import Estimate
+
+FREE = ("local", "rubric", "scripted")  # judges that send no requests
 HERE = Launch(mode="inline", processes=None, threads=None)
 
 
@@ -102,15 +109,21 @@ def run(settings: Labelling, steps: list[Step], values: dict[str, Any], command:
 
 
 def set_aside(artifact: Artifact) -> bool:
-    """Removes labels of which some are without a verdict; those that are there stand in the ledger.
+    """Moves labels of which some are without a verdict to NAME.retried-TIME, so that they are made
+    again; nothing is lost where that fails.
 
     False where there is nothing to ask again.
     """
     with lock(artifact.path.with_suffix(".lock"), waiting="waiting for another run"):
         lacking = sum(v.status == "failed" for v in read_verdicts(artifact.path / VERDICTS))
         if lacking:
-            print(f"asking again for {lacking} comparisons that failed", flush=True)
-            shutil.rmtree(artifact.path)
+            aside = artifact.path.with_name(f"{artifact.path.name}.retried-{time.time_ns()}")
+            artifact.path.rename(aside)
+            print(
+                f"asking again for {lacking} comparisons that failed; what was said before: "
+                f"{shortest(aside)}",
+                flush=True,
+            )
     return bool(lacking)
 
 
@@ -141,16 +154,43 @@ def closing(settings: Labelling, done: Done) -> str:
     return "\n".join(lines)
 
 
-def dry_run(settings: Labelling, values: dict[str, Any], command: str) -> str:
-    """What it would take.
+def asked_by_requests(judge: Any, called: str) -> list[Openai]:
+    """The judges behind endpoints that a judge consists of, in order.
+
+    Args:
+        called: what was typed to choose it, for the error.
 
     Raises:
-        ConfigError: a judge that is not asked by requests.
+        ConfigError: nobody can tell what one of them would send.
     """
-    if settings.judge.name != "openai":
+    if isinstance(judge, Openai) and judge.module is None:
+        return [judge]
+    if isinstance(judge, Jury) and judge.module is None:
+        seats = [(f"judge.members.{name}", judge.members[name]) for name in voters(judge)]
+        return [
+            each
+            for key, member in seats
+            for each in asked_by_requests(member, f"{key}={member.name}")
+        ]
+    if judge.module is not None or judge.name not in FREE:
         raise ConfigError(
-            f"dry_run=true: judge={settings.judge.name} sends no requests; it is free"
+            f"dry_run=true: what {called} takes cannot be estimated, for only judge=openai tells "
+            "its requests beforehand; leave dry_run out, or type judge=openai"
         )
+    return []
+
+
+def dry_run(settings: Labelling, values: dict[str, Any], command: str) -> str:
+    """What it would take, for each judge that is asked by requests.
+
+    Raises:
+        ConfigError: there is none, or one that cannot be estimated.
+    """
+    module = settings.judge.module
+    called = f"judge={settings.judge.name}" if module is None else f"judge.module={module}"
+    judges = asked_by_requests(settings.judge, called)
+    if not judges:
+        raise ConfigError(f"dry_run=true: {called} sends no requests; it is free")
     from align.judge.estimate import estimate
 
     # The candidates are read and checked (that is free); nothing is asked.
@@ -158,15 +198,24 @@ def dry_run(settings: Labelling, values: dict[str, Any], command: str) -> str:
     done = run(planned, settings.steps()[:1], values, command)
     rows = IndexedRecords(done.made["candidates"].path / "candidates.jsonl", Candidate.from_json)
     stage = LabelStage(label=settings.label, judge=settings.judge, seed=settings.seed)
-    found = estimate(asked(stage, rows), settings=settings.judge)
-    if not found.comparisons:
+    found = [(judge, estimate(asked(stage, rows), settings=judge)) for judge in judges]
+    if not found[0][1].comparisons:
         raise JudgeError(f"{settings.candidates}: no prompt has two different answers to compare")
-    price, judge = found.price, settings.judge
+    if len(found) == 1:
+        return f"{told_estimate(*found[0])}\nnothing was sent"
+    cost, worst = sum(each.cost for _, each in found), sum(each.worst for _, each in found)
+    each_of_them = [f"{judge.judge}: {told_estimate(judge, each)}" for judge, each in found]
+    whole = f"all {len(found)}: about ${usd(cost):,.2f}, at worst ${usd(worst):,.2f}"
+    return "\n".join((*each_of_them, whole, "nothing was sent"))
+
+
+def told_estimate(judge: Openai, found: "Estimate") -> str:
+    """An estimate as people read it."""
+    price = found.price
     return f"""\
 {found.comparisons:,} comparisons, {found.requests:,} requests ({found.known:,} answered already)
 about {found.tokens_in:,} tokens to read and {found.tokens_out:,} to write
 about ${usd(found.cost):,.2f}, at worst ${usd(found.worst):,.2f} \
 (${price.read:g} and ${price.written:g} per million tokens)
 about {told_time(found.seconds)}, at {found.latency:.1f} s a request ({found.basis}) \
-and {judge.concurrency} at a time
-nothing was sent"""
+and {judge.concurrency} at a time"""

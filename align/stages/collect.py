@@ -28,15 +28,15 @@ def run(settings: CollectStage, inputs: dict[str, Path], out: Path) -> None:
             try:
                 if isinstance(row, DataError):
                     raise row
-                candidate = Candidate.from_json(row, number=number)
-            except (DataError, TypeError, ValueError) as error:
+                line = dump_line(Candidate.from_json(row, number=number).to_json())
+            except (DataError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 why = str(error).removeprefix(f"{place}: ")
                 ill.write(dump_line({"place": place, "why": why}))
                 bad += 1
                 if bad <= MOST_TOLD:
                     print(f"{place}: {why}; left out", file=sys.stderr)
                 continue
-            file.write(dump_line(candidate.to_json()))
+            file.write(line)
             good += 1
     if bad > MOST_TOLD:
         print(f"{path}: {bad - MOST_TOLD} more rows left out (refused.jsonl)", file=sys.stderr)

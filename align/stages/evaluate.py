@@ -166,34 +166,48 @@ def named(key: str, interval: Interval) -> Metrics:
 
 
 def criteria_metrics(verdicts: Sequence[Verdict], p: Any, settings: EvaluateStage) -> Metrics:
-    """What a judge with marks tells beyond who won; empty for one without."""
-    before = [scores(v, 0) for v in verdicts]
-    after = [scores(v, 1) for v in verdicts]
+    """What a judge with marks tells beyond who won; empty for one without. Each criterion is told
+    over the verdicts that carry it, for a judge's escalation may mark by other ones.
+    """
+    marks = [(scores(v, 0), scores(v, 1)) for v in verdicts]
     metrics: Metrics = {}
-    for name in before[0]:
-        old, new = (numpy.array([marks[name] for marks in side]) for side in (before, after))
-        metrics |= {
-            f"evaluate/criterion/{name}/before": float(old.mean()),
-            f"evaluate/criterion/{name}/after": float(new.mean()),
-            f"evaluate/criterion/{name}/won": float(numpy.mean(new > old)),
-            f"evaluate/criterion/{name}/lost": float(numpy.mean(new < old)),
-            f"evaluate/criterion/{name}/tied": float(numpy.mean(new == old)),
-        }
-        if name == "correct":
-            for side, marks in (("before", old), ("after", new)):
-                interval = mean_interval(marks, seed=settings.seed, resamples=settings.resamples)
-                metrics |= named(f"correct_{side}", interval)
+    for name in dict.fromkeys(name for before, _ in marks for name in before):
+        carried = [(b[name], a[name]) for b, a in marks if name in b and name in a]
+        if carried:
+            metrics |= criterion_metrics(name, numpy.array(carried), settings)
     manners = getattr(
         named_module("align.judge", settings.judge.name, settings.judge.module), "MANNERS", ()
     )
     if manners:
         equal = numpy.array(
-            [all(b[m] == a[m] for m in manners) for b, a in zip(before, after, strict=True)]
+            [all(m in b and m in a and b[m] == a[m] for m in manners) for b, a in marks]
         )
         metrics["evaluate/n_equal_manners"] = float(equal.sum())
         if equal.any():
             rate = win_rate(p[equal], seed=settings.seed, resamples=settings.resamples)
             metrics |= named("win_rate_equal_manners", rate)
+    return metrics
+
+
+def criterion_metrics(name: str, marks: Any, settings: EvaluateStage) -> Metrics:
+    """One criterion: its means, and how often it was won.
+
+    Args:
+        marks: [P, 2], before and after.
+    """
+    old, new = marks[:, 0], marks[:, 1]
+    metrics: Metrics = {
+        f"evaluate/criterion/{name}/n": float(len(marks)),
+        f"evaluate/criterion/{name}/before": float(old.mean()),
+        f"evaluate/criterion/{name}/after": float(new.mean()),
+        f"evaluate/criterion/{name}/won": float(numpy.mean(new > old)),
+        f"evaluate/criterion/{name}/lost": float(numpy.mean(new < old)),
+        f"evaluate/criterion/{name}/tied": float(numpy.mean(new == old)),
+    }
+    if name == "correct":
+        for side, found in (("before", old), ("after", new)):
+            interval = mean_interval(found, seed=settings.seed, resamples=settings.resamples)
+            metrics |= named(f"correct_{side}", interval)
     return metrics
 
 

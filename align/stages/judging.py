@@ -5,11 +5,12 @@ asked for twice.
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from align.errors import JudgeError
-from align.jsonl import JsonlAppender, read_records
+from align.jsonl import JsonlAppender, read_records, repair, truncate_lines
 from align.named import named_module
 from align.progress import progress_bar
 from align.records import OK, TIE, Comparison, Verdict
@@ -31,12 +32,37 @@ def judge_missing(
         JudgeError: the judge cannot go on, or gives verdicts in another order; what it said before
             is kept.
     """
+    repair(path)
+    if path.exists():
+        truncate_lines(path, whole_prompts(comparisons(), path))
     with JsonlAppender(path) as appender:
         missing = Missing(comparisons, path)
         total = sum(1 for _ in comparisons())
         done = total - len(missing)
         with progress_bar(title, total, unit="comparisons", done=done) as advance:
             asyncio.run(append(missing, judge=judge, appender=appender, advance=advance))
+
+
+def whole_prompts(comparisons: Iterable[Comparison], path: Path) -> int:
+    """How many of the verdicts are on prompts whose last comparison has one.
+
+    A judge that ranks all answers of a prompt must be asked about all of them or none, so what a
+    crash left of a prompt is judged again; a judge with a ledger pays nothing for it.
+    """
+    verdicts = read_verdicts(path)
+    pending = next(verdicts, None)
+    whole = seen = 0
+    for _, group in groupby(comparisons, key=lambda comparison: comparison.prompt.id):
+        last = False
+        for comparison in group:
+            last = pending is not None and is_of(pending, comparison)
+            if last:
+                seen += 1
+                pending = next(verdicts, None)
+        if pending is None and not last:
+            return whole
+        whole = seen
+    return whole if pending is None else seen + 1 + sum(1 for _ in verdicts)
 
 
 class Missing:

@@ -168,6 +168,79 @@ def test_what_is_not_clearly_one_label_is_none(content):
     assert said(content) is None
 
 
+QUOTED = '{"reason": "B quotes {"verdict": "A"} and cheats", "verdict": "B"}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        QUOTED,
+        f"```json\n{QUOTED}\n```",
+        f"I looked at both.\n```json\n{QUOTED}\n```\n",
+        """{'reason': 'B quotes {"verdict": "A"} and cheats', 'verdict': 'B'}""",
+        '{"reason": "B says {"verdict": "A"} and so on',
+        '{"reason": "B says {"verdict": "A"}',
+        '{"reason": "B says\n```json\n{"verdict": "A"}\n```\nand so on',
+        '{"reason": "B says\n```json\n{"verdict": "A"}\n```',
+        '{"reason": "B says }\n```json\n{"verdict": "A"}\n```\n", "verdict": "B"}',
+        '{"reason": "B says\n"verdict": "A"\nand cheats", "verdict": "B"}',
+        'reason: "B says\n"verdict": "A"\nand cheats", "verdict": "B"',
+        '{reason: "B quotes {"verdict": "A"} and cheats", verdict: "B"}',
+        '{"reason": "B quotes {\\"verdict\\": \\"A\\"} and "cheats"", "verdict": "B"}',
+        'Quoting {"verdict": "A"} is cheating, so my final verdict: B',
+        '{"verdict": "A"} is what B says, so "verdict": "neither"',
+        '{"verdict": "A"} is quoted.\n{"reason": "It "cheats"", "verdict": "B"}',
+        '{"verdict": "A"}\n' * 100 + '{"verdict": "B"}',
+    ],
+)
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_a_label_that_is_only_quoted_is_never_the_verdict(content, finish):
+    assert said(content, finish=finish) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        ('B writes `if (x) { return; }`, which fails.\n```json\n{"verdict": "A"}\n```', "A"),
+        ('```js\nf = () => { g() }\n```\nA is right.\n\n```\n{"verdict": "A"}\n```\n', "A"),
+        ('{"a": 1} is valid, {b} is not.\n```json\n{"verdict": "B"}\n```', "B"),
+        ('The set {1, 2} is meant.\nVerdict: B', "B"),
+        ('My verdict:\n```json\n{"verdict": "B"}\n```', "B"),
+        ('My verdict: {"verdict": "B"}', "B"),
+        ('**Verdict:** B\n\n```json\n{"verdict": "B"}\n```', "B"),
+        ('```json\n{x}\n{"verdict": "A"}\n```', "A"),
+        ('if (x) { return; }\n```json\n{"verdict": "A"}\n```\nVerdict: B', None),
+        ('f(x) { return\n```json\n{"reason": "", "verdict": "A"}\n```', None),
+        ('{"reason": "B is "right" here",\n "verdict": "B"}', "B"),
+        ('A: {x} {"verdict": "b"} end', None),
+    ],
+)  # fmt: skip
+def test_braces_of_code_stand_before_an_answer_only_where_that_is_plainly_the_end(content, label):
+    assert said(content) == label
+
+
+def test_a_quoted_criterion_is_no_answer():
+    form = forms.pairwise(scale="three", criteria=("tone",))
+    for content in (
+        '{"tone": "A", "verdict": "A"}\n"tone": "B"',
+        '{"tone": "it "quotes {"tone": "A"}", "verdict": "A"}',
+    ):
+        assert read(body(content), form).status == MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("content", "ranking"),
+    [
+        ('{"reason": "C quotes {"ranking": ["C", "A", "B"]}", "ranking": ["B", "A", "C"]}', None),
+        ('{"ranking": ["B", "A", "C"]} or "ranking": ["A", "B", "C"]', None),
+        ('Ranking:\n1. B\n2. A\n3. C\n\n{"ranking": ["B", "A", "C"]}', "BAC"),
+        ('Ranking: B > A > C\n\n{"ranking": ["B", "A", "C"]}', "BAC"),
+    ],
+)
+def test_a_ranking_that_is_only_quoted_is_none(content, ranking):
+    assert said(content, RANKED) == ranking
+
+
 @pytest.mark.parametrize(
     ("content", "label"),
     [
@@ -418,7 +491,8 @@ def test_random_text_is_never_a_crash():
     [
         "\n", " ", "*", "Verdict", "Verdict: ", "Verdict:\n", "{", '{"verdict": ', '{"a', "A\n",
         "A ", "the ", "<think>", "</think>", "</s>", "1. A\n", "A > ", "[[", "\u00a0", "\\",
-        "verdict*", '{"verdict": "A"}', "verdict : ", "(", '"verdict":', "<",
+        "verdict*", '{"verdict": "A"}', '{"verdict": "A} ', '"verdict": "A", ', "```{",
+        "{ verdict: A ", '\\"verdict', "verdict : ", "(", '"verdict":', "<",
         "the the the verdict ",
     ],
 )  # fmt: skip

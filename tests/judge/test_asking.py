@@ -3,7 +3,9 @@ key reaches no file, and what cannot work is one line.
 """
 
 import asyncio
+import contextlib
 import json
+import socket
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -14,8 +16,9 @@ from hydra import compose, initialize_config_dir
 from align.config import CONF, plain, read_config
 from align.errors import ConfigError, JudgeError
 from align.judge.endpoint import Endpoint, check_url, find_key
+from align.judge.ledger import Ledger
 from align.judge.ledger_view import look
-from align.records import OK, TIE, Comparison, Prompt
+from align.records import OK, TIE, Comparison, Prompt, Verdict
 from tests.judge.asking import judge_all, longer, openai_settings, pairs
 from tests.judge.fake_server import FakeServer
 
@@ -499,3 +502,125 @@ def test_the_progress_of_a_run_stands_in_the_ledger(tmp_path):
     (job,) = look(tmp_path / "judgments.sqlite").jobs
     without = Counter(v.status in (OK, TIE) for v in found)[False]
     assert (job.total, job.done, job.failed) == (20, 20, without)
+
+
+def test_a_key_typed_where_its_variables_name_belongs_is_refused_and_not_repeated(tmp_path):
+    with pytest.raises(ConfigError, match="is the name of an environment variable") as error:
+        openai_settings(tmp_path, api_key_env="sk-proj-SECRET")
+    assert "SECRET" not in str(error.value)
+
+
+def test_what_the_environment_says_for_openai_goes_to_no_other_host(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-SECRET")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-SECRET")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Gateway: SECRET\nX-Other: SECRET")
+    seen: list[bytes] = []
+
+    async def listen(reader, writer):
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.close()
+
+    async def once():
+        server = await asyncio.start_server(listen, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        endpoint = Endpoint(url, api_key_env=None, timeout_s=2, connections=1)
+        reply = await endpoint.chat({"model": "x", "messages": []})
+        await endpoint.close()
+        server.close()
+        return reply
+
+    assert asyncio.run(once()).kind == "down"
+    assert seen and b"SECRET" not in seen[0] and b"Bearer none" in seen[0]
+
+
+def test_a_host_that_cannot_be_connected_to_in_time_is_not_billed():
+    """Nothing was sent, whatever the SDK calls it: a time-out like any other."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(3):  # what waits to be accepted; more are left without an answer
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+
+        async def once():
+            url = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+            endpoint = Endpoint(url, api_key_env=None, timeout_s=5, connections=1)
+            endpoint.free = [client.with_options(timeout=0.3) for client in endpoint.clients]
+            try:
+                return await endpoint.chat({"model": "x", "messages": []})
+            finally:
+                await endpoint.close()
+
+        assert asyncio.run(once()).kind == "unreachable"
+
+
+def test_a_key_across_the_cut_of_a_long_message_is_struck_out_too(monkeypatch):
+    monkeypatch.setenv("K", "sk-" + "s" * 40)
+
+    async def told():
+        endpoint = Endpoint("http://127.0.0.1:9/v1", api_key_env="K", timeout_s=1, connections=1)
+        try:
+            return endpoint.told("x" * 280 + " sk-" + "s" * 40)
+        finally:
+            await endpoint.close()
+
+    assert "sss" not in asyncio.run(told())
+
+
+def test_a_first_run_that_ranks_does_not_take_the_probabilities_from_later_ones(tmp_path):
+    asked = pairs(2)
+    with FakeServer(tmp_path) as server:
+        judge_all(asked, openai_settings(tmp_path, server.url, kind="listwise"))
+        assert server.stats()["received"] == 1 + 4
+        found = judge_all(asked, openai_settings(tmp_path, server.url))
+    assert all(0 < v.p_first < 1 and v.p_first != 0.5 for v in found)
+
+
+def test_rows_that_an_endpoint_refuses_do_not_stop_a_later_run(tmp_path):
+    with FakeServer(tmp_path) as server:
+        settings = openai_settings(tmp_path, server.url, concurrency=4)
+        judge_all(pairs(3), settings)
+        server.plan(unsupported=["response_format"])
+        found = judge_all(pairs(30), settings)
+    assert Counter(v.status for v in found) == {"ok": 3, "failed": 27}
+
+
+def test_somebody_who_wants_no_more_loses_nothing_that_was_paid_for(tmp_path):
+    with FakeServer(tmp_path, latency=0.2) as server:
+        settings = openai_settings(tmp_path, server.url)
+
+        async def first() -> Verdict:
+            from align.judge.openai import compare
+
+            stream = compare(pairs(40), settings=settings)
+            try:
+                return await anext(stream)
+            finally:
+                await stream.aclose()
+
+        assert asyncio.run(first()).status == OK
+        assert server.stats()["aborted"] == 0
+    (judge,) = look(tmp_path / "judgments.sqlite").judges
+    assert judge.uncertain == 0 and judge.outcomes == {"answered": judge.attempts}
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"mode": "telepathy", "logprobs": True, "limit": "max_tokens", "temperature": True},
+        {"mode": "line", "logprobs": True, "limit": "n", "temperature": True},
+        {"mode": "line"},
+        ["line"],
+    ],
+)
+def test_what_a_foreign_ledger_says_of_an_endpoint_is_checked(tmp_path, stored):
+    settings = openai_settings(tmp_path, "http://127.0.0.1:9/v1")
+    Ledger.open(tmp_path / "judgments.sqlite").close()
+    db = sqlite3.connect(tmp_path / "judgments.sqlite")
+    db.execute("INSERT INTO judge (identity, capability) VALUES ('fake', ?)", (json.dumps(stored),))
+    db.commit()
+    db.close()
+    with pytest.raises(JudgeError, match="says of fake what no probe can have found"):
+        judge_all(pairs(1), settings)

@@ -524,7 +524,8 @@ def test_ctrl_c_leaves_the_batch_to_go_on(server: FakeServer, tmp_path: Path) ->
             url = {server.url!r}
         try:
             judged(pairs(3), settings_of(Server, Path({str(ledger)!r}), batch_poll_s=60))
-        except KeyboardInterrupt:
+        except Exception as error:
+            assert interrupt.interrupted(), error
             interrupt.leave("interrupted")
     """
     process = subprocess.Popen(

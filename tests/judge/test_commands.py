@@ -220,3 +220,59 @@ def test_the_environments_key_stands_in_no_file_of_the_run(tmp_path):
         if path.is_file() and "fake_server" not in str(path):
             assert key.encode() not in path.read_bytes(), path
             assert b"wrong-key-00000000" not in path.read_bytes(), path
+
+
+def test_labels_that_are_made_again_are_moved_aside_and_kept(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    words = ["candidates=c.jsonl", "judge.max_attempts=1"]
+    with FakeServer(tmp_path) as server:
+        judge(tmp_path, "canaries", *at(server))
+        server.plan(fault_sequence=["500"])
+        judge(tmp_path, *words, *at(server))
+        kept = judge(tmp_path, *words, *at(server), "retry=true")
+    (aside,) = (tmp_path / "runs" / "artifacts" / "label").glob("*.retried-*")
+    assert str(aside.relative_to(tmp_path)) in kept.stdout
+    statuses = [v["status"] for v in preferences(aside, "verdicts.jsonl")]
+    assert sorted(statuses) == ["failed", "ok"] and (aside / "manifest.json").is_file()
+
+
+def member(name: str, *words: str) -> list[str]:
+    return [f"+judge@judge.members.{name}=openai",
+            *(word.replace("judge.", f"judge.members.{name}.") for word in words)]  # fmt: skip
+
+
+def test_a_dry_run_of_a_jury_is_the_sum_over_its_members_that_are_paid(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    words = [
+        "candidates=c.jsonl", "dry_run=true", "judge=jury", "+judge@judge.members.c=scripted",
+        *member("a", "judge.model=gpt-4.1-mini"),
+        *member("b", "judge.model=own", "judge.price_in=1000", "judge.price_out=1000"),
+    ]  # fmt: skip
+    told = judge(tmp_path, *words)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("2 comparisons, 4 requests (0 answered already)") == 2
+    assert "gpt-4.1-mini: 2 comparisons" in told.stdout and "all 2: about $" in told.stdout
+
+
+OWN = """
+from dataclasses import dataclass
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    name: str
+    module: str | None
+
+async def compare(comparisons, *, settings):
+    yield
+"""
+
+
+def test_a_dry_run_never_calls_a_judge_free_that_it_does_not_know(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    (tmp_path / "own_judge.py").write_text(OWN)
+    words = ["candidates=c.jsonl", "dry_run=true"]
+    own = judge(tmp_path, *words, "judge=none", "judge.name=own", "judge.module=own_judge",
+                PYTHONPATH=f"{ROOT}:{tmp_path}")  # fmt: skip
+    assert own.returncode == 1 and "judge.module=own_judge takes cannot be estimated" in own.stderr
+    free = judge(tmp_path, *words, "judge=scripted")
+    assert free.returncode == 1 and "judge=scripted sends no requests; it is free" in free.stderr

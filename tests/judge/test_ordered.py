@@ -183,6 +183,30 @@ def test_leaving_early_cancels_the_workers():
     assert sorted(cancelled) == [1, 2, 3, 4]
 
 
+def test_with_a_stop_leaving_early_begins_nothing_new_and_finishes_what_is_under_way():
+    begun, finished, stopped = [], [], []
+
+    async def work(item: int) -> int:
+        begun.append(item)
+        await asyncio.sleep(0 if item == 0 else 0.05)
+        finished.append(item)
+        return item
+
+    async def main() -> None:
+        found = in_order(
+            range(99), work, workers=4, window=9, stop=lambda: stopped.append(len(finished))
+        )
+        async with contextlib.aclosing(found):
+            async for item in found:
+                assert item == 0
+                break
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+    assert sorted(finished) == sorted(begun) and len(begun) <= 5
+    assert stopped and stopped[0] < len(finished)
+
+
 def test_cancelling_the_reader_cancels_the_workers():
     async def main() -> None:
         async def work(item: int) -> int:

@@ -37,6 +37,10 @@ async def compare(comparisons, *, settings):
         status = "ok"
         scores = tuple({"correct": float("new" in t), "kind": float("3" in t)}
                        for t in (c.first, c.second))
+        if settings.opinion == "mixed" and "3" in c.first:
+            scores = tuple({"tone": float("new" in t)} for t in (c.first, c.second))
+        if settings.opinion == "mixed" and "2" in c.first:
+            scores = ()
         if settings.opinion == "first":
             p = 1.0
         elif settings.opinion == "refuses" and "3" in c.first:
@@ -147,6 +151,18 @@ def test_an_answer_that_the_judge_passed_over_counts_as_failed(stage: Any, tmp_p
     skipped = sum("3" in str(i) for i in range(PROMPTS))
     assert found["evaluate/failed"] == skipped
     assert found["evaluate/n_judged"] == PROMPTS - skipped
+
+
+def test_each_criterion_is_told_over_the_verdicts_that_carry_it(stage: Any, tmp_path: Path) -> None:
+    """As with an escalation to a judge that has other criteria, or none."""
+    found = stage("mixed", tmp_path / "out")
+    other = sum("3" in str(i) and "2" not in str(i) for i in range(PROMPTS))
+    bare = sum("2" in str(i) for i in range(PROMPTS))
+    assert found["evaluate/n_judged"] == PROMPTS
+    assert found["evaluate/criterion/tone/n"] == other
+    assert found["evaluate/criterion/correct/n"] == PROMPTS - other - bare
+    assert found["evaluate/criterion/tone/won"] == found["evaluate/criterion/correct/won"] == 1.0
+    assert found["evaluate/n_equal_manners"] == PROMPTS - other - bare
 
 
 def test_what_was_judged_before_an_error_is_not_asked_again(stage: Any, tmp_path: Path) -> None:
