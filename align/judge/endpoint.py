@@ -108,6 +108,9 @@ def find_key(base_url: str | None, api_key_env: str | None) -> str | None:
     return key
 
 
+ACCOUNT = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS")
+
+
 async def without_account(request: Any) -> None:
     """Takes out what the SDK adds from the environment for OpenAI alone: other hosts must not learn
     of it.
@@ -134,7 +137,8 @@ class Endpoint:
 
         def client() -> AsyncOpenAI:
             limits = httpx2.Limits(max_connections=POOL, max_keepalive_connections=POOL)
-            hooks = {"request": [] if self.url == OPENAI else [without_account]}
+            told = any(name in os.environ for name in ACCOUNT)
+            hooks = {"request": [without_account] if told and self.url != OPENAI else []}
             return AsyncOpenAI(
                 api_key=self.key or "none",
                 base_url=self.url,

@@ -16,9 +16,9 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -98,7 +98,7 @@ class Ledger:
     def close(self) -> None:
         """Waits until everything is on disk. What this process leaves open was cut off."""
         if self.broken is None:
-            self._enqueue(lambda db: give_up(db, "owner = ?", self.owner.name))
+            self._enqueue(Operation(work=lambda db: give_up(db, "owner = ?", self.owner.name)))
         self.operations.put(None)
         self.thread.join()
         with alone(self.path):
@@ -234,16 +234,15 @@ class Ledger:
         return self._submit(work)
 
     def _submit(self, work: Callable[[sqlite3.Connection], Any]) -> "asyncio.Future[Any]":
-        return asyncio.wrap_future(self._enqueue(work))
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        self._enqueue(Operation(work=work, loop=loop, done=done))
+        return done
 
-    def _enqueue(self, work: Callable[[sqlite3.Connection], Any]) -> Future[Any]:
+    def _enqueue(self, operation: "Operation") -> None:
         if self.broken is not None:
             raise unreadable(self.path, self.broken)
-        done: Future[Any] = Future()
-        # Whoever waits may be cancelled; what is to be written is written all the same.
-        done.set_running_or_notify_cancel()
-        self.operations.put(Operation(work=work, done=done))
-        return done
+        self.operations.put(operation)
 
     def _write(self) -> None:
         beat = time.monotonic()
@@ -275,32 +274,55 @@ class Ledger:
 
     def _fail(self, error: BaseException) -> None:
         while (operation := self.operations.get()) is not None:
-            operation.done.set_exception(unreadable(self.path, error))
+            deliver([operation], error=unreadable(self.path, error))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """Work for the writer, and who waits for it."""
+    """Work for the writer, and who waits for it, if anybody does."""
 
     work: Callable[[sqlite3.Connection], Any]
-    done: Future[Any]
+    loop: asyncio.AbstractEventLoop | None = None
+    done: "asyncio.Future[Any] | None" = None
 
 
 def perform(connection: sqlite3.Connection, group: list[Operation]) -> None:
     """One transaction for the group; whoever waits is told once it is on disk."""
     if not group:
         return
-    results: list[Any] = []
     try:
         with transaction(connection):
-            for operation in group:
-                results.append(operation.work(connection))
+            results = [operation.work(connection) for operation in group]
     except BaseException as error:
-        for operation in group:
-            operation.done.set_exception(unreadable(Path(file_of(connection)), error))
+        deliver(group, error=unreadable(Path(file_of(connection)), error))
         raise
-    for operation, result in zip(group, results, strict=True):
-        operation.done.set_result(result)
+    deliver(group, results=results)
+
+
+def deliver(
+    group: Sequence[Operation], *, results: Sequence[Any] = (), error: BaseException | None = None
+) -> None:
+    """Tells those who wait, each event loop once for all of its own: waking a loop is a system
+    call.
+    """
+    told: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
+    for operation, result in zip_longest(group, results):
+        if operation.loop is not None and operation.done is not None:
+            told.setdefault(operation.loop, []).append((operation.done, result))
+    for loop, waiting in told.items():
+        with contextlib.suppress(RuntimeError):  # a loop that has ended has nobody waiting
+            loop.call_soon_threadsafe(tell, waiting, error)
+
+
+def tell(waiting: list[tuple["asyncio.Future[Any]", Any]], error: BaseException | None) -> None:
+    """Within the loop; who was cancelled meanwhile is passed over."""
+    for done, result in waiting:
+        if done.done():
+            continue
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
 
 
 def file_of(connection: sqlite3.Connection) -> str:

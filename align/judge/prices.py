@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,15 @@ class Price:
 
     def cost(self, *, prompt: int, completion: int) -> int:
         """Nano-dollars, rounded up; a price is the decimal number that it is written as."""
-        read, written = Fraction(str(self.read)), Fraction(str(self.written))
-        return math.ceil(1000 * (prompt * read + completion * written))
+        read, written, parts = self.whole
+        return -(-(prompt * read + completion * written) // parts)
+
+    @cached_property
+    def whole(self) -> tuple[int, int, int]:
+        """Both prices a token in whole parts of a nano-dollar, and how many parts make one."""
+        read, written = (1000 * Fraction(str(price)) for price in (self.read, self.written))
+        parts = math.lcm(read.denominator, written.denominator)
+        return int(read * parts), int(written * parts), parts
 
     def discounted(self, discount: float) -> "Price":
         return Price(read=self.read * discount, written=self.written * discount)
