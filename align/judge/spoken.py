@@ -64,14 +64,19 @@ def after_thinking(content: str) -> int | None:
     ends = [match.end() for match in THOUGHT.finditer(content)]
     if not ends:
         return None if THINKING.match(content) else 0
+    # A tag that a string of a JSON answer quotes ends nothing.
+    return 0 if object_end(content) >= ends[-1] else ends[-1]
+
+
+def object_end(content: str) -> int:
+    """Where the JSON object ends that the content begins with; 0 where it begins with none."""
     begin = len(content) - len(content.lstrip())
-    if content[begin : begin + 1] == "{":  # a tag that a JSON string quotes ends nothing
-        try:
-            if json.JSONDecoder().raw_decode(content, begin)[1] >= ends[-1]:
-                return 0
-        except (ValueError, RecursionError):
-            pass
-    return ends[-1]
+    if content[begin : begin + 1] != "{":
+        return 0
+    try:
+        return json.JSONDecoder().raw_decode(content, begin)[1]
+    except (ValueError, RecursionError):
+        return 0
 
 
 def lines(text: str) -> Iterator[tuple[str, int]]:
