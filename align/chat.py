@@ -20,6 +20,7 @@ from align.config import did_you_mean
 from align.errors import AlignError, ConfigError, DataError
 from align.jsonl import IndexedRecords
 from align.models.settings import Model
+from align.notice import notice
 from align.records import Message, Prompt
 from align.samplers.settings import Hf
 
@@ -209,7 +210,7 @@ def main() -> None:
         else:
             converse(chat, console)
     except AlignError as error:
-        print(f"error: {error}", file=sys.stderr)
+        notice(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from align.config import CONF, did_you_mean, options, register_resolvers
 from align.errors import AlignError, ConfigError
 from align.interrupt import STATUS, interrupted, leave, watch
+from align.notice import notice
 
 
 def run_command(job: Callable[[], int], *, again: str) -> None:
@@ -90,7 +91,7 @@ def broken(error: OSError) -> str:
 
 
 def fail(line: str) -> str:
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    notice(f"error: {line}")
     return line
 
 

@@ -14,6 +14,7 @@ from align.config import read_config
 from align.errors import AlignError
 from align.launch import die_with_parent
 from align.named import named_module
+from align.notice import notice
 from align.plan import plan
 
 
@@ -30,7 +31,7 @@ def main(request_file: str) -> None:
         named_module("align.stages", step.stage).run(step.settings, inputs, Path(request["out"]))
     except AlignError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            notice(f"error: {error}")
         sys.exit(1)
 
 

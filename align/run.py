@@ -3,7 +3,6 @@ Imports no torch.
 """
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,6 +12,7 @@ from align.command import broken, composed, fail, run_command, typed
 from align.config import STARTER, Config, plain, read_config
 from align.errors import AlignError, ConfigError
 from align.interrupt import interrupted
+from align.notice import notice
 from align.pipeline import Outcome, run_pipeline
 from align.sweep import comparison_table
 
@@ -37,10 +37,9 @@ def warn_of_tuning(config: Config, choices: Mapping[str, str]) -> None:
     """Says so where another model stands in the starter's place, with what was tuned to that."""
     name = config.model.name
     if choices.get("model") == "starter" and name != str(STARTER / "model"):
-        print(
+        notice(
             f"model.name={name}: trains with the learning rate and the rest that were tuned to the "
-            f"starter's small model; for the usual ones type model=hf model.name={name}",
-            file=sys.stderr,
+            f"starter's small model; for the usual ones type model=hf model.name={name}"
         )
 
 

@@ -19,3 +19,8 @@ NARROW = {
     **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},
     0x3000: 0x20, 0xFE64: 0x3C, 0xFE65: 0x3E,
 }  # fmt: skip
+
+
+def printable(text: str) -> str:
+    """Plain text with such characters written out, for files, figures and terminals."""
+    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from align.records import STATUSES
 from benchmarks.table import Row, machine, markdown
 from tests.judge import labelling
-from tests.judge.fake_server import REPOSITORY
+from tests.judge.fake_server import REPOSITORY, FakeServer
 from tests.judge.killing import EARLY_S, Killing, books, kill_until_finished
-from tests.judge.labelling import Labelling, PaidServer
+from tests.judge.labelling import Labelling
 
 FLAT = 60  # bytes a row: an offset in the index, and what the allocator does beside it
 
@@ -63,7 +63,7 @@ def overhead(size: Size) -> Iterator[Row]:
     for concurrency in (16, 64, 256):
         pairs = rounds * concurrency // 2
         floor = math.ceil(2 * pairs / concurrency) * latency
-        with PaidServer(size.folder, keep_log=False, latency=latency) as server:
+        with FakeServer(size.folder, keep_log=False, latency=latency) as server:
             cold, warm = (size.folder / f"{name}-{concurrency}.sqlite" for name in ("cold", "warm"))
             settings = labelling.judge_settings(server, warm, concurrency=concurrency)
             timed(labelling.judged(labelling.comparisons(1, start=10**6), settings))
@@ -85,7 +85,7 @@ def overhead(size: Size) -> Iterator[Row]:
                 yield whole_command(size, server, pairs=pairs, floor=floor)
 
 
-def whole_command(size: Size, server: PaidServer, *, pairs: int, floor: float) -> Row:
+def whole_command(size: Size, server: FakeServer, *, pairs: int, floor: float) -> Row:
     candidates = labelling.write_candidates(size.folder / "overhead.jsonl", pairs)
     started = time.monotonic()
     Labelling(server=server, candidates=candidates, workspace=size.folder / "overhead").finish()
@@ -131,7 +131,7 @@ async def rendered(pairs: list[Any], settings: Any) -> list[dict[str, Any]]:
 
 def rate(size: Size) -> Iterator[Row]:
     pairs = labelling.comparisons(size.pick(1500, 400))
-    with PaidServer(size.folder, keep_log=False) as server:
+    with FakeServer(size.folder, keep_log=False) as server:
         for concurrency in (64, 16, 256):
             ledger = size.folder / f"rate-{concurrency}.sqlite"
             settings = labelling.judge_settings(server, ledger, concurrency=concurrency)
@@ -145,7 +145,7 @@ def rate(size: Size) -> Iterator[Row]:
 
 
 def one_round(
-    server: PaidServer, pairs: list[Any], bodies: list[Any], ledger: Path, *, concurrency: int,
+    server: FakeServer, pairs: list[Any], bodies: list[Any], ledger: Path, *, concurrency: int,
     number: int,
 ) -> tuple[float, float, float, float]:  # fmt: skip
     """Wall and processor seconds of the bare loop and of ours, in turns the one or the other
@@ -190,7 +190,7 @@ def memory(size: Size) -> Iterator[Row]:
     peaks = {count: peak(size, count, ["judge=scripted"]) for count in counts}
     yield memory_row("scripted", peaks)
     counts = (2_000, 10_000) if size.quick else (10_000, 50_000)
-    with PaidServer(size.folder, keep_log=False) as server:
+    with FakeServer(size.folder, keep_log=False) as server:
         judge = [
             "judge=openai", "judge.model=fake", f"judge.base_url={server.url}", "judge.price_in=1",
             "judge.price_out=2",
@@ -250,7 +250,7 @@ def kill(size: Size) -> Iterator[Row]:
     pairs, concurrency = 150, 16
     rng, killing, starts = random.Random(11), Killing(), 0
     candidates = labelling.write_candidates(size.folder / "killed.jsonl", pairs)
-    with PaidServer(size.folder, keep_log=False, latency=0.1) as server:
+    with FakeServer(size.folder, keep_log=False, latency=0.1) as server:
 
         def work(name: str) -> Labelling:
             settings = (f"judge.concurrency={concurrency}",)
@@ -302,13 +302,14 @@ def faults(size: Size) -> Iterator[Row]:
     patient = ("judge.timeout_s=2", "judge.concurrency=32")
     for cap, ends in ((5.0, True), (0.1, False)):
         folder = size.folder / f"faults-{cap}"
-        with PaidServer(size.folder, faults=labelling.mishaps(0.3), seed=3) as server:
+        with FakeServer(size.folder, faults=labelling.mishaps(0.3), seed=3) as server:
             settings = (*patient, f"judge.budget_usd={cap}")
             work = Labelling(
                 server=server, candidates=candidates, workspace=folder, settings=settings
             )
             labelling.ended(work.start(), status=0 if ends else 1)
             stats, found, verdicts = server.stats(), books(work.ledger), work.verdicts()
+            charged = labelling.charged(server)
         wrong = labelling.wrong_labels(candidates, verdicts)
         told = labelling.statuses(verdicts)
         rows = f"{len(verdicts)} of {pairs} rows have a status"
@@ -321,7 +322,7 @@ def faults(size: Size) -> Iterator[Row]:
                 mark="0 wrong, all rows",
                 met=not wrong and len(verdicts) == pairs and set(told) <= set(STATUSES),
             )
-        charged, counted = int(stats.get("charged", 0)), found.spent + found.uncertain
+        counted = found.spent + found.uncertain
         yield Row(
             what=f"… spending under budget_usd={cap:g}" + ("" if ends else ", which stops the run"),
             measured=f"${charged / 1e9:.4f} by the server's usage, "

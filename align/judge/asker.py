@@ -6,7 +6,6 @@ written down before anything else happens.
 
 import asyncio
 import random
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +21,7 @@ from align.judge.request import Capability, Request, request, sound
 from align.judge.schedule import Breaker, Pace, full_jitter
 from align.judge.settings import Openai
 from align.judge.verdicts import Answer, Question
+from align.notice import notice
 
 BUSY_S = 0.2  # between two looks at what another process is asking
 POLLS = 25  # looks, before it is seen whether that process still lives
@@ -154,7 +154,7 @@ class Asker:
         if status != answers.OK and status not in self.explained:
             self.explained.add(status)
             line = f"judge {self.settings.judge}: the first question without a verdict"
-            print(f"{line} ({status}): {why}", file=sys.stderr, flush=True)
+            notice(f"{line} ({status}): {' '.join(why.split())}")
         return answer
 
     async def persist(self, wanted: Request) -> "Attempt | None":
@@ -252,7 +252,7 @@ class Asker:
         """Says a line about the endpoint, one in ten seconds."""
         if time.monotonic() - self.told > 10:
             self.told = time.monotonic()
-            print(line, file=sys.stderr, flush=True)
+            notice(line)
 
     def capped(self, outcome: str) -> JudgeError:
         key = "budget_usd" if outcome == "budget" else "max_requests"

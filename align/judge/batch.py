@@ -7,7 +7,6 @@ asked live.
 
 import asyncio
 import contextlib
-import sys
 import time
 from collections.abc import Iterable, Iterator
 
@@ -19,6 +18,7 @@ from align.judge.batch_api import BatchApi, Full
 from align.judge.drafting import Drafting, Scan
 from align.judge.openai import Interrupted
 from align.judge.tending import Tending
+from align.notice import notice
 from align.records import Comparison
 
 ROUNDS = 3
@@ -98,8 +98,7 @@ class Run:
                 "same command when the account's other batches have ended, or judge.batch=false"
             )
         self.most = max(SMALLEST, largest // 2)
-        line = f"{url} has no room for a batch of {largest:,} requests; trying {self.most:,}"
-        print(line, file=sys.stderr, flush=True)
+        notice(f"{url} has no room for a batch of {largest:,} requests; trying {self.most:,}")
 
     def check(self) -> None:
         """
@@ -120,11 +119,9 @@ class Run:
     def stop(self) -> None:
         self.stopped = True
         going = self.tending.running if self.tending is not None else 0
-        print(
+        notice(
             f"\n{going} batches go on at the provider; the same command takes them in (Ctrl-C "
-            "again leaves at once)",
-            file=sys.stderr,
-            flush=True,
+            "again leaves at once)"
         )
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from align.judge.owners import BATCH, Owner
 
-OPEN, ANSWERED, LOST = "open", "answered", "possibly billed"
+OPEN, ANSWERED, LOST = "open", "answered", "possibly billed"  # of attempts
+# Of batches. `CREATING`: the provider may have it, though its id was never saved.
+WRITTEN, CREATING, SUBMITTED, TAKEN = "written", "creating", "submitted", "taken"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,10 +49,13 @@ def estimate(comparisons: Iterable[Comparison], *, settings: Openai) -> Estimate
     path = Path(settings.ledger)
     ledger = Ledger.open(path) if path.exists() else None
     try:
-        probed = ledger.capability(settings.judge) if ledger else None
-        able = able_of(settings, Capability(**probed) if probed else Capability.assumed(settings))
+        able = Capability.assumed(settings)
+        known = ledger.capability(settings.judge) if ledger else None
+        if known is not None:
+            able = Capability.believed(known, ledger=path, identity=settings.judge)
+        able = able_of(settings, able)
         measured = ledger.seconds_per_request(settings.judge) if ledger else None
-        count = requests = known = read = worst = 0
+        count = requests = answered = read = worst = 0
         for group in groups(comparisons, settings=settings):
             count += len(group.comparisons)
             if too_long(group, settings=settings):
@@ -61,20 +64,20 @@ def estimate(comparisons: Iterable[Comparison], *, settings: Openai) -> Estimate
                 wanted = request(question, settings=settings, able=able, limit=settings.max_chars)
                 requests += 1
                 if ledger and ledger.judgment(wanted.key) is not None:
-                    known += 1
+                    answered += 1
                     continue
                 read += wanted.characters // CHARACTERS_PER_TOKEN
                 worst += wanted.worst(price, settings.max_tokens)
     finally:
         if ledger:
             ledger.close()
-    left = requests - known
+    left = requests - answered
     written = left * (ANSWER_TOKENS + REASON_TOKENS * settings.reason)
     latency = measured or ASSUMED_S
     return Estimate(
         comparisons=count,
         requests=requests,
-        known=known,
+        known=answered,
         tokens_in=read,
         tokens_out=written,
         cost=price.cost(prompt=read, completion=written),

@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from align.judge.batch_api import ABSENT, BatchApi, Refused
 from align.judge.endpoint import Endpoint, Reply
 from align.judge.entries import ANSWERED, finish
 from align.judge.shards import EXPIRED, close, forget, owner_of
+from align.notice import notice
 
 AT_ONCE = 300  # lines in one transaction
 FAILED = "failed"  # an error without a status
@@ -183,4 +183,4 @@ def tell(counts: Counts, batch: Batch) -> None:
         parts.append(f"{counts.garbled:,} lines that are no results left out")
     if counts.lost:
         parts.append("a result file is gone; its requests count as possibly billed")
-    print("; ".join(parts), file=sys.stderr, flush=True)
+    notice("; ".join(parts))

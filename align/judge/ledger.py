@@ -108,14 +108,18 @@ class Ledger:
 
     # What is read, in the calling thread.
 
-    def _rows(self, query: str, *values: Any) -> list[Any]:
+    def rows(self, query: str, *values: Any) -> list[Any]:
+        """
+        Raises:
+            JudgeError: the file cannot be read.
+        """
         try:
             return self.reader.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:  # a damaged page, for instance
             raise unreadable(self.path, error) from error
 
     def judgment(self, key: bytes) -> Judgment | None:
-        rows = self._rows(
+        rows = self.rows(
             "SELECT status, answer, parser, tokens, cost, attempt FROM judgment WHERE key = ?", key
         )
         if not rows:
@@ -131,14 +135,14 @@ class Ledger:
 
     def raw(self, attempt: int) -> bytes:
         """The stored bytes of an attempt's answer."""
-        rows = self._rows("SELECT raw FROM attempt WHERE id = ?", attempt)
+        rows = self.rows("SELECT raw FROM attempt WHERE id = ?", attempt)
         return bytes(rows[0][0]) if rows and rows[0][0] is not None else b""
 
     def from_batches(self, key: bytes) -> list[Stored]:
         """The answers that came in batches, where a request's form is not known and they stay
         unread until somebody asks.
         """
-        rows = self._rows(
+        rows = self.rows(
             "SELECT id, raw, coalesce(prompt_tokens, 0) + coalesce(completion_tokens, 0), cost "
             "FROM attempt WHERE key = ? AND status = ? AND substr(owner, 1, ?) = ? ORDER BY n",
             key, ANSWERED, len(BATCH), BATCH,
@@ -151,11 +155,11 @@ class Ledger:
     def answered(self, key: bytes) -> int:
         """How many attempts of a request were answered, readable or not."""
         counted = "SELECT count(*) FROM attempt WHERE key = ? AND status = ?"
-        return int(self._rows(counted, key, ANSWERED)[0][0])
+        return int(self.rows(counted, key, ANSWERED)[0][0])
 
     def capability(self, identity: str) -> Any:
         """What was stored of it, None where nothing was."""
-        rows = self._rows("SELECT capability FROM judge WHERE identity = ?", identity)
+        rows = self.rows("SELECT capability FROM judge WHERE identity = ?", identity)
         try:
             return json.loads(rows[0][0]) if rows and rows[0][0] else None
         except ValueError as error:
@@ -164,7 +168,7 @@ class Ledger:
     def is_open(self, key: bytes) -> bool:
         """Whether somebody is asking it, as far as the file says."""
         query = "SELECT 1 FROM attempt WHERE key = ? AND finished IS NULL"
-        return bool(self._rows(query, key))
+        return bool(self.rows(query, key))
 
     def has_verdicts(self, identity: str) -> bool:
         """Whether any request of this judge has led to a verdict."""
@@ -172,11 +176,11 @@ class Ledger:
             "SELECT 1 FROM judgment JOIN request USING (key) "
             "WHERE identity = ? AND judgment.status = 'ok' LIMIT 1"
         )
-        return bool(self._rows(query, identity))
+        return bool(self.rows(query, identity))
 
     def spending(self, identity: str) -> Spending:
         """What a judge has cost over the life of the file."""
-        rows = self._rows(
+        rows = self.rows(
             "SELECT attempts, spent, reserved, uncertain FROM judge WHERE identity = ?", identity
         )
         attempts, spent, reserved, uncertain = rows[0] if rows else (0, 0, 0, 0)
@@ -184,7 +188,7 @@ class Ledger:
 
     def seconds_per_request(self, identity: str) -> float | None:
         """Median time of this judge's latest answers, None before there are any."""
-        rows = self._rows(
+        rows = self.rows(
             "SELECT finished - started FROM attempt JOIN request USING (key) WHERE identity = ? "
             "AND attempt.status = ? ORDER BY id DESC LIMIT 200",
             identity, ANSWERED,

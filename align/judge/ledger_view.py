@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from align.judge.entries import TAKEN
 from align.judge.ledger_file import connect, unreadable
-from align.judge.owners import alone
+from align.judge.owners import BATCH, SHORT, alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,32 @@ class JobSeen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchSeen:
+    """What a ledger says of a batch at a provider.
+
+    Attributes:
+        id: the provider's name for it; None where that is not known (yet).
+        created: seconds since the epoch.
+        requests: those without an answer.
+    """
+
+    identity: str
+    endpoint: str
+    id: str | None
+    status: str
+    created: float
+    requests: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Seen:
-    """A ledger at one moment; `jobs` with the newest first."""
+    """A ledger at one moment; jobs and batches with the newest first, of batches those that are not
+    taken in yet.
+    """
 
     judges: list[JudgeSeen]
     jobs: list[JobSeen]
+    batches: list[BatchSeen]
 
 
 def look(path: Path) -> Seen:
@@ -75,9 +97,26 @@ def look(path: Path) -> Seen:
             "SELECT identity, capability, attempts, spent, reserved, uncertain FROM judge"
         ).fetchall()
         names = ("identity", "title", "started", "seen", "total", "done", "failed")
+        batches = db.execute(
+            "SELECT identity, batch.endpoint, batch.id, batch.status, created, count(attempt.id) "
+            "FROM batch LEFT JOIN attempt ON owner = ? || substr(shard, 1, ?) AND finished IS NULL "
+            "WHERE batch.status != ? GROUP BY shard ORDER BY created DESC",
+            (BATCH, SHORT, TAKEN),
+        ).fetchall()
         return Seen(
             judges=[look_at(db, *judge) for judge in judges],
             jobs=[JobSeen(**dict(zip(names, job, strict=True))) for job in jobs],
+            batches=[
+                BatchSeen(
+                    identity=identity,
+                    endpoint=endpoint,
+                    id=id,
+                    status=status,
+                    created=created,
+                    requests=requests,
+                )
+                for identity, endpoint, id, status, created, requests in batches
+            ],
         )
     except sqlite3.DatabaseError as error:
         raise unreadable(path, error) from error
@@ -112,7 +151,7 @@ def look_at(
     )
     return JudgeSeen(
         identity=identity,
-        mode=json.loads(capability)["mode"] if capability else "",
+        mode=mode_of(capability),
         attempts=counts[0],
         spent=counts[1],
         reserved=counts[2],
@@ -122,3 +161,11 @@ def look_at(
         unsure=unsure["unsure"],
         unanswered=unanswered["unanswered"],
     )
+
+
+def mode_of(capability: str | None) -> str:
+    """How the judge is asked; empty where nobody has probed it, or the entry is not ours."""
+    try:
+        return str(json.loads(capability)["mode"]) if capability else ""
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import operator
-import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from align.judge.request import Capability
 from align.judge.settings import Openai
 from align.judge.verdicts import Answer, Group, groups, questions, verdicts, without
 from align.named import named_module
+from align.notice import notice
 from align.records import OK, TIE, Comparison, Verdict
 
 WINDOW = 20_000  # comparisons that may be settled while an older one is still being asked
@@ -76,7 +76,7 @@ async def opened(settings: Openai) -> AsyncIterator["Bench"]:
         connections=settings.concurrency,
     )
     if (warning := endpoint.warning()) is not None:
-        print(warning, file=sys.stderr)
+        notice(warning)
     try:
         with Ledger.open(Path(settings.ledger)) as ledger:
             asker = Asker(settings, ledger, endpoint, price, Capability.assumed(settings))
@@ -223,8 +223,7 @@ def draining(bench: Bench) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        line = f"\nwaiting for {bench.asker.under_way} answers under way; Ctrl-C again leaves them"
-        print(line, file=sys.stderr, flush=True)
+        notice(f"\nwaiting for {bench.asker.under_way} answers under way; Ctrl-C again leaves them")
         bench.halt(Interrupted("interrupted"))
 
     def first() -> None:
@@ -240,9 +239,7 @@ def tell_spending(asker: Asker) -> None:
         return
     told = asker.ledger.spending(asker.settings.judge)
     unsure = f", possibly {usd(told.uncertain):.4f} more" if told.uncertain else ""
-    print(
+    notice(
         f"{asker.settings.judge}: {asker.sent:,} requests sent now; ${usd(told.spent):.4f} spent"
-        f"{unsure} over the life of {asker.ledger.path.name}",
-        file=sys.stderr,
-        flush=True,
+        f"{unsure} over the life of {asker.ledger.path.name}"
     )

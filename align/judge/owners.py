@@ -16,7 +16,8 @@ from typing import IO, Self
 from align.errors import JudgeError
 
 STALE_S = 120.0
-BATCH = "batch-"  # owns what was handed to a provider's Batch API
+BATCH = "batch-"  # with SHORT letters of a shard's name: owns what a provider's Batch API was given
+SHORT = 32
 NETWORK = frozenset(
     ["nfs", "nfs3", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "lustre", "gpfs", "beegfs",
      "ceph", "afs", "glusterfs", "pvfs2", "orangefs", "wekafs", "panfs", "fuse.sshfs",

@@ -10,23 +10,21 @@ import contextlib
 import fcntl
 import itertools
 import json
-import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from align.errors import JudgeError
 from align.judge import endpoint
 from align.judge.answers import OK, Reading
 from align.judge.asker import BUSY_S, Asker, Attempt
-from align.judge.forms import MODES, Form
-from align.judge.request import Capability, able_of, request
+from align.judge.forms import Form
+from align.judge.request import LIMITS, Capability, able_of, request
 from align.judge.settings import Openai
 from align.judge.verdicts import Group, Question, questions
+from align.notice import notice
 from align.records import Comparison, Message, Prompt
 
-LIMITS = ("max_completion_tokens", "max_tokens")
 EXAMPLE = Comparison(
     prompt=Prompt(id="probe", messages=(Message(role="user", content="What is two plus two?"),)),
     first="Two plus two is four.",
@@ -54,7 +52,7 @@ async def capability(asker: Asker) -> Capability:
             finally:
                 asker.sent += prober.sent
             await asker.ledger.remember(settings.judge, known)
-    able = believed(known, asker)
+    able = Capability.believed(known, ledger=asker.ledger.path, identity=settings.judge)
     if str(settings.logprobs).lower() == "true" and not able.logprobs:
         raise JudgeError(
             f"judge.logprobs=true: {asker.endpoint.url} gives none at the token of the verdict; "
@@ -76,26 +74,6 @@ async def one_prober(ledger: Path) -> AsyncIterator[None]:
             except BlockingIOError:
                 await asyncio.sleep(BUSY_S)
         yield
-
-
-def believed(known: Any, asker: Asker) -> Capability:
-    """What a ledger says of an endpoint.
-
-    Raises:
-        JudgeError: no probe can have led to it.
-    """
-    try:
-        able = Capability(**known)
-        sound = able.mode in MODES and able.limit in LIMITS
-        sound = sound and all(isinstance(v, bool) for v in (able.logprobs, able.temperature))
-    except TypeError:
-        sound = False
-    if not sound:
-        raise JudgeError(
-            f"judge.ledger={asker.ledger.path}: says of {asker.settings.judge} what no probe can "
-            "have found, so somebody else wrote into it; name another file with judge.ledger=FILE"
-        )
-    return able
 
 
 def everything(asker: Asker) -> Asker:
@@ -131,10 +109,9 @@ async def probe(asker: Asker) -> Capability:
     if able is None:
         able = plain
         said = attempt.judgment.answer.get("why", "") if attempt.judgment else attempt.reply.why
-        print(
+        notice(
             f"judge {asker.settings.judge}: its answer to an example could not be read ({said}); "
-            "expect questions without a verdict",
-            file=sys.stderr,
+            "expect questions without a verdict"
         )
     if best.logprobs:
         more = replace(able, logprobs=True)

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from align.artifacts import canonical_json
+from align.errors import JudgeError
 from align.judge import answers
 from align.judge.answers import MALFORMED, Reading
 from align.judge.entries import Judgment
-from align.judge.forms import Form
+from align.judge.forms import MODES, Form
 from align.judge.prices import Price
 from align.judge.prompts import Template, one_message
 from align.judge.settings import Openai
 from align.judge.verdicts import GRAVEST, Question
 
+LIMITS = ("max_completion_tokens", "max_tokens")  # two names of the longest answer
 SURE = 1e-6  # how far probabilities may be from 1 together
 
 
@@ -42,6 +44,26 @@ class Capability:
             limit="max_completion_tokens",
             temperature=settings.temperature is not None,
         )
+
+    @classmethod
+    def believed(cls, known: Any, *, ledger: Path, identity: str) -> "Capability":
+        """What a ledger says of a judge's endpoint.
+
+        Raises:
+            JudgeError: no probe can have led to it.
+        """
+        try:
+            able = cls(**known)
+            sound = able.mode in MODES and able.limit in LIMITS
+            sound = sound and all(isinstance(v, bool) for v in (able.logprobs, able.temperature))
+        except TypeError:
+            sound = False
+        if not sound:
+            raise JudgeError(
+                f"judge.ledger={ledger}: says of {identity} what no probe can have found, so "
+                "somebody else wrote into it; name another file with judge.ledger=FILE"
+            )
+        return able
 
 
 @dataclass(frozen=True, kw_only=True)

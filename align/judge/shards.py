@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import IO, Final
 
 from align.jsonl import dump_line
-from align.judge.entries import Caps, begin, give_up, settle
+from align.judge.entries import TAKEN, WRITTEN, Caps, begin, give_up, settle
 from align.judge.ledger import Ledger
-from align.judge.owners import BATCH, Owner
+from align.judge.owners import BATCH, SHORT, Owner
 from align.judge.request import Request
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 190_000_000  # OpenAI takes 50,000 and 200 MB
 URL: Final = "/v1/chat/completions"
-# A row's statuses. `CREATING`: the provider may have it, though its id was never saved.
-WRITTEN, CREATING, SUBMITTED, TAKEN = "written", "creating", "submitted", "taken"
 EXPIRED = "expired"  # of an attempt: never done, not billed
 
 
@@ -35,7 +33,7 @@ def folder(ledger: Path) -> Path:
 
 def owner_of(shard: str) -> str:
     """The name under which a shard's attempts are open."""
-    return f"{BATCH}{shard[:32]}"
+    return f"{BATCH}{shard[:SHORT]}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,33 +128,28 @@ class Row:
 
 def row(ledger: Ledger, owner: str) -> Row | None:
     """The shard whose attempts are open under that name."""
-    found = ledger.reader.execute(
-        "SELECT shard, endpoint, id, status, created FROM batch WHERE substr(shard, 1, 32) = ?",
-        (owner.removeprefix(BATCH),),
-    ).fetchone()
-    if found is None:
-        return None
-    return Row(
-        shard=found[0], endpoint=found[1], id=found[2], status=found[3], created=found[4]
-    )  # fmt: skip
+    found = ledger.rows(
+        "SELECT shard, endpoint, id, status, created FROM batch WHERE substr(shard, 1, ?) = ?",
+        SHORT,
+        owner.removeprefix(BATCH),
+    )
+    names = ("shard", "endpoint", "id", "status", "created")
+    return Row(**dict(zip(names, found[0], strict=True))) if found else None
 
 
 def exists(ledger: Ledger, shard: str) -> bool:
-    found = ledger.reader.execute("SELECT 1 FROM batch WHERE shard = ?", (shard,)).fetchone()
-    return found is not None
+    return bool(ledger.rows("SELECT 1 FROM batch WHERE shard = ?", shard))
 
 
 def opened(ledger: Ledger, owner: str) -> int:
     """How many of its requests are without an answer."""
     counted = "SELECT count(*) FROM attempt WHERE owner = ? AND finished IS NULL"
-    return int(ledger.reader.execute(counted, (owner,)).fetchone()[0])
+    return int(ledger.rows(counted, owner)[0][0])
 
 
 def history(ledger: Ledger, key: bytes) -> list[tuple[str, float | None, str]]:
     """(owner, finished, status) of each attempt of a request."""
-    return ledger.reader.execute(
-        "SELECT owner, finished, status FROM attempt WHERE key = ?", (key,)
-    ).fetchall()
+    return ledger.rows("SELECT owner, finished, status FROM attempt WHERE key = ?", key)
 
 
 # What follows runs in the ledger's writer, each in one transaction.
@@ -258,8 +251,8 @@ def sweep(db: sqlite3.Connection, place: Path, owner: Owner) -> None:
     """Removes files of shards that are taken in, and drafts of processes that are gone."""
     db.execute(  # taken in by a process that was killed before it could say so
         "UPDATE batch SET status = ? WHERE id IS NOT NULL AND NOT EXISTS (SELECT 1 FROM attempt "
-        "WHERE owner = ? || substr(shard, 1, 32) AND finished IS NULL)",
-        (TAKEN, BATCH),
+        "WHERE owner = ? || substr(shard, 1, ?) AND finished IS NULL)",
+        (TAKEN, BATCH, SHORT),
     )
     rows = dict(db.execute("SELECT shard, status FROM batch").fetchall())
     for path in place.iterdir():

@@ -1,6 +1,5 @@
 """Sees shards through: each is submitted once, waited for, and taken in, by one process."""
 
-import sys
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +13,10 @@ from align.judge import shards
 from align.judge.asker import Asker
 from align.judge.batch_api import ENDED, BatchApi, Full, Refused, starved
 from align.judge.endpoint import DOWN, GARBLED
+from align.judge.entries import CREATING, SUBMITTED, TAKEN, WRITTEN
 from align.judge.intake import take_in
-from align.judge.shards import CREATING, SUBMITTED, TAKEN, WRITTEN, Row
+from align.judge.shards import Row
+from align.notice import notice
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Shard:
         done, total = (counts.completed + counts.failed, counts.total) if counts else (0, 0)
         line = f"batch {self.number} {batch.id}: {done:,}/{total or self.size:,} done"
         if line != self.told:
-            print(f"{line} ({batch.status})", file=sys.stderr, flush=True)
+            notice(f"{line} ({batch.status})")
         self.told = line
 
 

@@ -154,7 +154,17 @@ def closing(settings: Labelling, done: Done) -> str:
     return "\n".join(lines)
 
 
-def asked_by_requests(judge: Any, called: str) -> list[Openai]:
+@dataclass(frozen=True, kw_only=True)
+class Payee:
+    """A judge behind an endpoint; `escalated` if it is only asked where another's orders
+    disagree.
+    """
+
+    judge: Openai
+    escalated: bool = False
+
+
+def payees(judge: Any, called: str) -> list[Payee]:
     """The judges behind endpoints that a judge consists of, in order.
 
     Args:
@@ -164,13 +174,15 @@ def asked_by_requests(judge: Any, called: str) -> list[Openai]:
         ConfigError: nobody can tell what one of them would send.
     """
     if isinstance(judge, Openai) and judge.module is None:
-        return [judge]
+        other = judge.escalate
+        others = payees(other, f"judge.escalate={other.name}") if other is not None else []
+        return [Payee(judge=judge), *(replace(each, escalated=True) for each in others)]
     if isinstance(judge, Jury) and judge.module is None:
         seats = [(f"judge.members.{name}", judge.members[name]) for name in voters(judge)]
         return [
             each
             for key, member in seats
-            for each in asked_by_requests(member, f"{key}={member.name}")
+            for each in payees(member, f"{key}={member.name}")
         ]
     if judge.module is not None or judge.name not in FREE:
         raise ConfigError(
@@ -188,8 +200,8 @@ def dry_run(settings: Labelling, values: dict[str, Any], command: str) -> str:
     """
     module = settings.judge.module
     called = f"judge={settings.judge.name}" if module is None else f"judge.module={module}"
-    judges = asked_by_requests(settings.judge, called)
-    if not judges:
+    asked_judges = payees(settings.judge, called)
+    if not asked_judges:
         raise ConfigError(f"dry_run=true: {called} sends no requests; it is free")
     from align.judge.estimate import estimate
 
@@ -198,15 +210,26 @@ def dry_run(settings: Labelling, values: dict[str, Any], command: str) -> str:
     done = run(planned, settings.steps()[:1], values, command)
     rows = IndexedRecords(done.made["candidates"].path / "candidates.jsonl", Candidate.from_json)
     stage = LabelStage(label=settings.label, judge=settings.judge, seed=settings.seed)
-    found = [(judge, estimate(asked(stage, rows), settings=judge)) for judge in judges]
+    found = [(each, estimate(asked(stage, rows), settings=each.judge)) for each in asked_judges]
     if not found[0][1].comparisons:
         raise JudgeError(f"{settings.candidates}: no prompt has two different answers to compare")
     if len(found) == 1:
-        return f"{told_estimate(*found[0])}\nnothing was sent"
-    cost, worst = sum(each.cost for _, each in found), sum(each.worst for _, each in found)
-    each_of_them = [f"{judge.judge}: {told_estimate(judge, each)}" for judge, each in found]
-    whole = f"all {len(found)}: about ${usd(cost):,.2f}, at worst ${usd(worst):,.2f}"
-    return "\n".join((*each_of_them, whole, "nothing was sent"))
+        return f"{told_estimate(asked_judges[0].judge, found[0][1])}\nnothing was sent"
+    return "\n".join((*summed(found), "nothing was sent"))
+
+
+def summed(found: "list[tuple[Payee, Estimate]]") -> list[str]:
+    """The estimates of several judges, and of all together."""
+    lines = [
+        f"{each.judge.judge}{', if every pair comes to it' * each.escalated}: "
+        f"{told_estimate(each.judge, its)}"
+        for each, its in found
+    ]
+    cost = sum(its.cost for each, its in found if not each.escalated)
+    worst = sum(its.worst for _, its in found)
+    more = " and what is escalated" * any(each.escalated for each, _ in found)
+    whole = f"all {len(found)}: about ${usd(cost):,.2f}{more}, at worst ${usd(worst):,.2f}"
+    return [*lines, whole]
 
 
 def told_estimate(judge: Openai, found: "Estimate") -> str:

@@ -9,8 +9,9 @@ from rich.text import Text
 
 from align.config import did_you_mean
 from align.errors import ConfigError
-from align.judge.ledger_view import JobSeen, JudgeSeen, look
+from align.judge.ledger_view import BatchSeen, JobSeen, JudgeSeen, look
 from align.judge.prices import usd
+from align.unseen import printable
 
 DEFAULT = "runs/judgments.sqlite"
 HELP = f"""{__doc__}
@@ -33,15 +34,23 @@ def command(words: list[str]) -> int:
     settings = parse(words)
     seen = look(settings.ledger)
     console = Console()
-    console.print(Text(str(settings.ledger)), highlight=False, soft_wrap=True)
+
+    def show(text: str) -> None:
+        console.print(Text(printable(text)), highlight=False, soft_wrap=True)
+
+    show(str(settings.ledger))
     for judge in seen.judges:
-        console.print(Text(told(judge)), highlight=False, soft_wrap=True)
+        show(told(judge))
     if not seen.judges:
         console.print("nothing has been asked yet")
+    if seen.batches:
+        console.print("\nbatches at providers")
+    for batch in seen.batches:
+        show(told_batch(batch))
     if seen.jobs:
         console.print("\njobs")
     for job in seen.jobs[:MOST_JOBS]:
-        console.print(Text(told_job(job)), highlight=False, soft_wrap=True)
+        show(told_job(job))
     return 0
 
 
@@ -91,6 +100,16 @@ def told(judge: JudgeSeen) -> str:
             "again"
         )
     return "\n".join(lines)
+
+
+def told_batch(batch: BatchSeen) -> str:
+    """One batch in a line."""
+    begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(batch.created))
+    name = batch.id or "no name yet"
+    return (
+        f"  {begun}  {batch.identity} at {batch.endpoint}: {batch.status} ({name}), "
+        f"{batch.requests:,} requests; the command that asked them takes it in"
+    )
 
 
 def told_job(job: JobSeen) -> str:

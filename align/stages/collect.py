@@ -2,12 +2,12 @@
 on.
 """
 
-import sys
 from pathlib import Path
 
 from align.artifacts import write_json
 from align.errors import DataError
 from align.jsonl import dump_line
+from align.notice import notice
 from align.records import Candidate
 from align.sources.tables import table_rows
 from align.stages.settings import CollectStage
@@ -34,12 +34,12 @@ def run(settings: CollectStage, inputs: dict[str, Path], out: Path) -> None:
                 ill.write(dump_line({"place": place, "why": why}))
                 bad += 1
                 if bad <= MOST_TOLD:
-                    print(f"{place}: {why}; left out", file=sys.stderr)
+                    notice(f"{place}: {why}; left out")
                 continue
             file.write(line)
             good += 1
     if bad > MOST_TOLD:
-        print(f"{path}: {bad - MOST_TOLD} more rows left out (refused.jsonl)", file=sys.stderr)
+        notice(f"{path}: {bad - MOST_TOLD} more rows left out (refused.jsonl)")
     if not good:
         raise DataError(
             f'{path}: no row has candidates; a row is {{"prompt": "…", "responses": ["…", "…"]}}'

@@ -3,13 +3,13 @@ labels to them.
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from align.errors import ConfigError, DataError
+from align.notice import notice
 from align.records import OK, TIE, Message, Verdict, read_messages
 from align.sources.tables import Row, table_rows
 
@@ -129,9 +129,9 @@ def read_pairs(path: Path, columns: Columns) -> Iterator[JudgedPair]:
 def tell_bad(bad: Sequence[tuple[str, str]]) -> None:
     """A line on stderr for each bad row, (place, why); beyond the first ten only their number."""
     for place, why in bad[:MOST_TOLD]:
-        print(f"{place}: left out: {why}", file=sys.stderr)
+        notice(f"{place}: left out: {why}")
     if len(bad) > MOST_TOLD:
-        print(f"… and {len(bad) - MOST_TOLD:,} more rows left out", file=sys.stderr)
+        notice(f"… and {len(bad) - MOST_TOLD:,} more rows left out")
 
 
 def _unfit(
@@ -263,7 +263,7 @@ def join(
         (len(labels.keys() - asked), "rows there without a pair"),
     ):
         if count:
-            print(f"{path}: {count:,} {what}", file=sys.stderr)
+            notice(f"{path}: {count:,} {what}")
     return [labels.get(pair.id) for pair in pairs]
 
 

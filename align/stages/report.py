@@ -23,7 +23,7 @@ from align.stages.plots import AFTER, BEFORE, Change, Line, Rate
 from align.stages.settings import ReportStage
 from align.stages.verdict import measured, overall, verdict
 from align.stats import win_rate
-from align.unseen import UNSEEN
+from align.unseen import printable
 
 HERE = Path(__file__).parent
 MOST_GAINS, MOST_LOSSES = 4, 12
@@ -290,8 +290,3 @@ def duration(seconds: float) -> str:
     return (
         f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
     )
-
-
-def printable(text: str) -> str:
-    """Plain text with the same characters written out, for files, figures and terminals."""
-    return UNSEEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)

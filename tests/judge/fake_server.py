@@ -574,6 +574,8 @@ class Stats:
     aborted: int = 0
     limited: int = 0
     batched: int = 0
+    prompt_tokens: int = 0  # of all that was generated, whether it arrived or not
+    completion_tokens: int = 0
     max_in_flight: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     statuses: Counter[str] = field(default_factory=Counter)
@@ -679,7 +681,10 @@ class Server:
             answer = Answer(content="hmm, hard to say")
         answer = spoil_answer(answer, fault, authorization)
         self.completions += 1
-        return completion(body, answer, fault=fault, p=plan.p, number=self.completions)
+        made = completion(body, answer, fault=fault, p=plan.p, number=self.completions)
+        self.stats.prompt_tokens += made["usage"]["prompt_tokens"]
+        self.stats.completion_tokens += made["usage"]["completion_tokens"]
+        return made
 
     def latency(self, call: Call) -> float:
         if not self.plan.latencies:
@@ -1249,6 +1254,24 @@ class FakeServer:
 
     def reset(self) -> None:
         self.ask("POST", "/control/reset")
+
+    def wait_for(self, received: int, *, child: "subprocess.Popen[str] | None" = None) -> None:
+        """Until so many requests have come, or the child that sends them has ended."""
+        deadline = time.monotonic() + 120
+        while self.stats()["received"] < received and time.monotonic() < deadline:
+            if child is not None and child.poll() is not None:
+                return
+            time.sleep(0.02)
+
+    def settled(self) -> Json:
+        """The counts once no request is open; for a plan without faults."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            stats = self.stats()
+            if stats["received"] == stats["answered"] + stats["aborted"]:
+                return stats
+            time.sleep(0.02)
+        raise AssertionError(f"requests stay open: {stats['received']} received")
 
     def log(self) -> list[Json]:
         lines = (self.folder / "log.jsonl").read_text("utf-8").splitlines()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.judge.fake_server import Json
-from tests.judge.labelling import Labelling, PaidServer, ended
+from tests.judge.labelling import Labelling, charged, ended
 
 PROBE = b"probe "
 EARLY_S = 0.3
@@ -122,7 +122,6 @@ def kill_until_finished(
     Asserts after each kill that no finished call is lost, and that what the server answered is on
     disk or was under way.
     """
-    assert isinstance(work.server, PaidServer)
     before, lost_before = Books(), 0
     for moment in moments:
         child = work.start()
@@ -159,7 +158,6 @@ def waited(child: subprocess.Popen[str], seconds: float) -> bool:
 
 def audit(work: Labelling, *, lost: int, killing: Killing) -> None:
     """Nothing was asked again but what a kill had cut off, and all money is accounted for."""
-    assert isinstance(work.server, PaidServer)
     found, stats = books(work.ledger), work.server.settled()
     assert not found.under_way and found.reserved == 0
     assert found.twice == 0, "a question has two answers on disk"
@@ -168,7 +166,7 @@ def audit(work: Labelling, *, lost: int, killing: Killing) -> None:
     assert stats["received"] <= found.attempts, "a request was sent before it was written down"
     # A kill between the probe's answer and what was learnt from it asks the probe again.
     assert stats["duplicates"] <= lost + found.probes - 1
-    assert found.spent + found.uncertain >= work.server.charged() >= found.spent
+    assert found.spent + found.uncertain >= charged(work.server) >= found.spent
     killing.duplicates += stats["duplicates"]
     killing.probed_again += found.probes - 1
 

@@ -7,15 +7,12 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.judge import fake_server
 from tests.judge.fake_server import REPOSITORY, FakeServer, Json, sha
 
 LLMBAR = REPOSITORY.parent / "shared" / "data" / "llmbar" / "mtbench"
@@ -31,67 +28,10 @@ MISHAPS = (
 )  # fmt: skip
 
 
-# The server.
-
-
-class Till(fake_server.Server):
-    """The fake server with a till: the usage of all it generates, whether it arrives or not."""
-
-    def completion(
-        self, body: Json, texts: dict[str, str], fault: str | None, authorization: str
-    ) -> Json | None:
-        payload = super().completion(body, texts, fault, authorization)
-        if payload is not None:
-            usage = payload["usage"]
-            charged = READ * usage["prompt_tokens"] + WRITTEN * usage["completion_tokens"]
-            vars(self.stats)["charged"] = self.charged + charged
-        return payload
-
-    @property
-    def charged(self) -> int:
-        return int(vars(self.stats).get("charged", 0))
-
-
-class PaidServer(FakeServer):
-    """`FakeServer` with the till. Example: `with PaidServer(tmp_path, latency=0.1) as server: …`"""
-
-    def start(self, *, port: int = 0) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="paid_server_", dir=self.parent)).resolve()
-        ready, errors = self.folder / "port", self.folder / "stderr"
-        command = [sys.executable, "-m", "tests.judge.labelling", "--port", str(port)]
-        command += ["--ready", str(ready), "--plan", json.dumps(self.first_plan)]
-        command += ["--log", str(self.folder / "log.jsonl")] if self.keep_log else []
-        with errors.open("wb") as stderr:
-            self.process = subprocess.Popen(command, cwd=REPOSITORY, stderr=stderr)
-        deadline = time.monotonic() + 30
-        while not ready.exists():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise RuntimeError(f"the fake server did not start: {errors.read_text()}")
-            time.sleep(0.01)
-        self.port = int(ready.read_text())
-
-    def charged(self) -> int:
-        """Nano-dollars for all that was generated since the last reset."""
-        return int(self.stats().get("charged", 0))
-
-    def wait_for(self, received: int, *, child: subprocess.Popen[str] | None = None) -> None:
-        """Until so many requests have come, or the child that sends them has ended."""
-        deadline = time.monotonic() + 120
-        while self.stats()["received"] < received and time.monotonic() < deadline:
-            if child is not None and child.poll() is not None:
-                return
-            time.sleep(0.02)
-
-    def settled(self) -> Json:
-        """The counts once no request is open; for a plan without faults."""
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            stats = self.stats()
-            if stats["received"] == stats["answered"] + stats["aborted"]:
-                return stats
-            time.sleep(0.02)
-        raise AssertionError(f"requests stay open: {stats['received']} received")
+def charged(server: FakeServer) -> int:
+    """Nano-dollars for all that the server has generated since its last reset."""
+    stats = server.stats()
+    return int(READ * stats["prompt_tokens"] + WRITTEN * stats["completion_tokens"])
 
 
 # Candidates, of which the longer answer is the better one.
@@ -225,7 +165,7 @@ def gpt4_replies(folder: Path) -> Path:
 
 def replayed(folder: Path, *settings: str) -> tuple[Json, Json]:
     """The report of `python -m align.judge agreement` on them, and the server's counts."""
-    with PaidServer(folder, answer="table", replies=str(gpt4_replies(folder))) as server:
+    with FakeServer(folder, answer="table", replies=str(gpt4_replies(folder))) as server:
         columns = ["columns.first=output_1", "columns.second=output_2", "columns.prompt=input"]
         judge = ["judge=openai", "judge.model=gpt-4", f"judge.base_url={server.url}"]
         words = [f"pairs={LLMBAR / 'dataset.json'}", *columns, "columns.human=[label]", *judge]
@@ -286,8 +226,3 @@ async def judged(pairs: list[Any], settings: Any) -> int:
         assert verdict.p_first is not None, verdict
         right += (verdict.p_first > 0.5) == (len(pair.first) > len(pair.second))
     return right
-
-
-if __name__ == "__main__":
-    fake_server.Server = Till  # type: ignore[misc]
-    fake_server.main()

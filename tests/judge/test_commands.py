@@ -3,9 +3,12 @@
 import csv
 import json
 import os
+import re
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,32 @@ def test_status_tells_progress_spending_and_what_was_possibly_billed(tmp_path):
     assert "judge fake (asked by json_schema)" in told
     assert "possibly billed" in told and "for 1 attempts" in told
     assert "2 of 2 comparisons; done" in told
+
+
+def test_status_lists_what_is_in_batches_and_a_foreign_ledger_cannot_steer_the_terminal(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    with FakeServer(tmp_path, batch_polls=10**6) as server:
+        words = ["candidates=c.jsonl", *at(server), "judge.batch=true", "judge.batch_poll_s=0.1"]
+        child = subprocess.Popen(
+            [sys.executable, "-m", "align.judge", *words], cwd=tmp_path,
+            env={**ENVIRONMENT, "PYTHONPATH": ROOT},
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert child.stderr is not None and b"/4 done" in child.stderr.readline()
+        child.kill()
+        child.communicate()
+        told = judge(tmp_path, "status", "ledger=runs/judgments.sqlite").stdout
+    assert "batches at providers" in told
+    assert re.search(rf"fake at {server.url}: submitted \(batch_\S+\), 4 requests", told), told
+    with closing(sqlite3.connect(tmp_path / "runs" / "judgments.sqlite")) as db, db:
+        db.execute("UPDATE judge SET capability = '[]'")
+    dry = judge(tmp_path, "candidates=c.jsonl", *at(server), "dry_run=true")
+    assert dry.returncode == 1 and "says of fake what no probe can have found" in dry.stderr
+    assert len(dry.stderr.splitlines()) == 1
+    with closing(sqlite3.connect(tmp_path / "runs" / "judgments.sqlite")) as db, db:
+        db.execute("UPDATE judge SET identity = 'evil' || char(27) || '[2J'")
+    told = judge(tmp_path, "status", "ledger=runs/judgments.sqlite")
+    assert told.returncode == 0 and "evil[U+001B][2J" in told.stdout, told.stderr
 
 
 @pytest.mark.parametrize(
@@ -252,6 +281,18 @@ def test_a_dry_run_of_a_jury_is_the_sum_over_its_members_that_are_paid(tmp_path)
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("2 comparisons, 4 requests (0 answered already)") == 2
     assert "gpt-4.1-mini: 2 comparisons" in told.stdout and "all 2: about $" in told.stdout
+
+
+def test_a_dry_run_tells_what_an_escalation_may_add(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    other = ["judge.on_disagreement=escalate", "+judge@judge.escalate=openai"]
+    own = ["judge.escalate.model=own", "judge.escalate.price_in=1000", "judge.escalate.price_out=0"]
+    words = ["candidates=c.jsonl", "dry_run=true", "judge=openai", "judge.model=gpt-4.1-mini"]
+    told = judge(tmp_path, *words, *other, *own)
+    assert told.returncode == 0, told.stderr
+    assert "own, if every pair comes to it: 2 comparisons, 4 requests" in told.stdout
+    whole = re.search(r"all 2: about \$(.*) and what is escalated, at worst \$(.*)", told.stdout)
+    assert whole and float(whole[1]) < 0.01 and float(whole[2]) > 1
 
 
 OWN = """

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.judge.fake_server import FakeServer
 from tests.judge.killing import Killing, answered_again, books, kill_until_finished
 from tests.judge.labelling import (
     Labelling,
-    PaidServer,
+    charged,
     ended,
     read_jsonl,
     spawn,
@@ -29,13 +30,13 @@ KILLS = 10
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PaidServer]:
-    with PaidServer(tmp_path_factory.mktemp("server"), latency=LATENCY) as server:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
+    with FakeServer(tmp_path_factory.mktemp("server"), latency=LATENCY) as server:
         yield server
 
 
 @pytest.fixture
-def server(shared: PaidServer) -> PaidServer:
+def server(shared: FakeServer) -> FakeServer:
     shared.reset()
     return shared
 
@@ -46,7 +47,7 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shared: PaidServer, candidates: Path, tmp_path_factory) -> tuple[Labelling, float]:
+def undisturbed(shared: FakeServer, candidates: Path, tmp_path_factory) -> tuple[Labelling, float]:
     """A labelling that nobody killed, and the seconds it took."""
     shared.reset()
     work = labelling(shared, candidates, tmp_path_factory.mktemp("undisturbed"))
@@ -55,7 +56,7 @@ def undisturbed(shared: PaidServer, candidates: Path, tmp_path_factory) -> tuple
     return work, time.monotonic() - started
 
 
-def labelling(server: PaidServer, candidates: Path, workspace: Path, *more: str) -> Labelling:
+def labelling(server: FakeServer, candidates: Path, workspace: Path, *more: str) -> Labelling:
     settings = (f"judge.concurrency={CONCURRENCY}", *more)
     return Labelling(server=server, candidates=candidates, workspace=workspace, settings=settings)
 
@@ -146,7 +147,7 @@ def test_a_recipe_killed_while_it_labels_asks_for_no_finished_answer_again(serve
     ended(spawn("align.run", *words))
     stats, found = server.settled(), books(ledger)
     assert stats["duplicates"] <= lost and stats["answered"] == found.answers + lost
-    assert found.twice == 0 and found.spent + found.uncertain >= server.charged()
+    assert found.twice == 0 and found.spent + found.uncertain >= charged(server)
     log = [line for line in server.log() if line["t"] > began]
     assert not answered_again(log, [killed], window=2)
     (verdicts,) = tmp_path.glob("runs/artifacts/label/*/verdicts.jsonl")

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from align.records import STATUSES
+from tests.judge.fake_server import FakeServer
 from tests.judge.killing import books
 from tests.judge.labelling import (
     LLMBAR,
     Labelling,
-    PaidServer,
+    charged,
     comparisons,
     ended,
     judge_settings,
@@ -29,7 +30,7 @@ FAULTS = mishaps(0.3)
 PATIENT = ("judge.timeout_s=1.5", "judge.concurrency=16")
 
 
-def labelling(server: PaidServer, candidates: Path, folder: Path, *more: str) -> Labelling:
+def labelling(server: FakeServer, candidates: Path, folder: Path, *more: str) -> Labelling:
     return Labelling(
         server=server, candidates=candidates, workspace=folder / "runs", settings=(*PATIENT, *more)
     )
@@ -48,32 +49,32 @@ def test_with_three_faults_in_ten_answers_no_label_is_wrong_and_every_row_ends_i
 ):
     pairs, cap = 150, 0.5
     candidates = write_candidates(tmp_path / "candidates.jsonl", pairs)
-    with PaidServer(tmp_path, faults=FAULTS, seed=1) as server:
+    with FakeServer(tmp_path, faults=FAULTS, seed=1) as server:
         work = labelling(server, candidates, tmp_path, f"judge.budget_usd={cap}")
         work.finish()
         assert_all_named_and_none_wrong(work, pairs=pairs)
         stats, found = server.stats(), books(work.ledger)
         assert len(stats["faults"]) == len(FAULTS)
         assert sum(stats["faults"].values()) > 0.2 * stats["received"]
-        assert server.charged() <= found.spent + found.uncertain <= cap * 1e9
+        assert charged(server) <= found.spent + found.uncertain <= cap * 1e9
 
 
 def test_a_budget_that_is_hit_is_never_passed_and_raising_it_loses_nothing(tmp_path):
     pairs, cap = 60, 0.02
     candidates = write_candidates(tmp_path / "candidates.jsonl", pairs)
-    with PaidServer(tmp_path, faults=FAULTS, seed=2, latency=0.01) as server:
+    with FakeServer(tmp_path, faults=FAULTS, seed=2, latency=0.01) as server:
         small = labelling(server, candidates, tmp_path, f"judge.budget_usd={cap}")
         told = ended(small.start(), status=1)
         assert f"judge.budget_usd={cap}: the next request could pass" in told
-        before, charged = books(small.ledger), server.charged()
-        assert 0 < charged <= before.spent + before.uncertain <= cap * 1e9
+        before, billed = books(small.ledger), charged(server)
+        assert 0 < billed <= before.spent + before.uncertain <= cap * 1e9
         assert not before.under_way and not wrong_labels(candidates, small.verdicts())
         ample = labelling(server, candidates, tmp_path, "judge.budget_usd=0.5")
         ample.finish()
         assert_all_named_and_none_wrong(ample, pairs=pairs)
         after = books(ample.ledger)
         assert not {k for k, n in before.answered.items() if n > after.answered[k]}
-        assert server.charged() <= after.spent + after.uncertain <= 0.5 * 1e9
+        assert charged(server) <= after.spent + after.uncertain <= 0.5 * 1e9
 
 
 @pytest.mark.skipif(not LLMBAR.is_dir(), reason=f"needs the stored GPT-4 answers in {LLMBAR}")
@@ -90,7 +91,7 @@ def test_gpt4_s_stored_answers_give_the_agreement_that_was_counted_independently
 
 def test_sixteen_at_a_time_take_little_longer_than_their_latency(tmp_path):
     pairs, concurrency, latency = 128, 16, 0.2
-    with PaidServer(tmp_path, keep_log=False, latency=latency) as server:
+    with FakeServer(tmp_path, keep_log=False, latency=latency) as server:
         settings = judge_settings(server, tmp_path / "ledger.sqlite", concurrency=concurrency)
         asyncio.run(judged(comparisons(1), settings))  # the probe, and the imports
         started = time.monotonic()

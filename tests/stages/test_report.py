@@ -14,8 +14,9 @@ from align.stages.card import front_matter
 from align.stages.evidence import gather
 from align.stages.page import visible
 from align.stages.plots import bin_edges
-from align.stages.report import duration, printable, run
+from align.stages.report import duration, run
 from align.stages.verdict import number
+from align.unseen import printable
 from tests.stages.fabricate import CONFIG, fabricate, settings, write, write_lines
 
 
