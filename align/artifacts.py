@@ -165,10 +165,14 @@ class Artifact:
         damage = self.damage(verify=verify)
         if damage is None:
             return True
-        aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
-        self.path.rename(aside)
-        print(f"{self.stage}: {damage}; moved it to {aside} and making it again", flush=True)
+        self.set_aside(damage, mark="damaged")
         return False
+
+    def set_aside(self, why: str, *, mark: str) -> None:
+        """Moves it to NAME.MARK-TIME: it is made again, and nothing is lost if that fails."""
+        aside = self.path.with_name(f"{self.path.name}.{mark}-{time.time_ns()}")
+        self.path.rename(aside)
+        print(f"{self.stage}: {why}; moved it to {aside} and making it again", flush=True)
 
     def finish(self, *, body: Mapping[str, Any], duration_s: float, resumed: bool) -> None:
         """Writes the manifest, last of all, so that a killed stage is never taken for a finished

@@ -76,6 +76,7 @@ class Config:
     workspace: str
     seed: int
     verify: bool
+    retry: bool
     model: Model
     adapter: Lora
     data: Source

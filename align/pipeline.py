@@ -51,7 +51,7 @@ def run_pipeline(config: Config, *, tree: Mapping[str, Any], overrides: list[str
         name=config.name,
         text=text,
         command=command,
-        how=Work(verify=config.verify, launch=config.launch),
+        how=Work(verify=config.verify, retry=config.retry, launch=config.launch),
     )
     metrics = gather_metrics(done.made, done.run)
     done.run.event("finished")
@@ -61,9 +61,15 @@ def run_pipeline(config: Config, *, tree: Mapping[str, Any], overrides: list[str
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How steps are brought about; cannot change what comes out."""
+    """How steps are brought about.
+
+    Attributes:
+        verify: finished artifacts are hashed anew.
+        retry: those in which a judge failed are made anew.
+    """
 
     verify: bool
+    retry: bool
     launch: Launch
 
 
@@ -116,7 +122,7 @@ def make(
     artifact.path.parent.mkdir(parents=True, exist_ok=True)
     waiting = f"{step.name}: another run is making it; waiting for it to finish"
     with lock(artifact.path.with_suffix(".lock"), waiting=waiting):
-        worked = not artifact.finished(verify=how.verify)
+        worked = not stands(artifact, how)
         if worked:
             work(step, artifact, body, made, run, how)
         else:
@@ -126,6 +132,17 @@ def make(
     for link in step.links:
         run.link(run.path / link, artifact.path / link)
     return worked
+
+
+def stands(artifact: Artifact, how: Work) -> bool:
+    """Whether it is finished and may be used as it is."""
+    if not artifact.finished(verify=how.verify):
+        return False
+    failed = artifact.manifest["counts"].get("failed", 0)
+    if failed and how.retry:
+        artifact.set_aside(f"{failed} comparisons failed and are asked again", mark="retried")
+        return False
+    return True
 
 
 def work(

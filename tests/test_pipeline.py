@@ -146,6 +146,17 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(finished, tmp_path):
     assert list(file.parent.parent.glob("*.damaged-*/candidates.jsonl"))
 
 
+def test_retry_makes_anew_only_that_at_which_a_judge_failed(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "runs")
+    words = ["judge@evaluate.judge=scripted", "evaluate.judge.statuses={failed:0.5}"]
+    first = finish(start(tmp_path / "runs", *words))
+    assert "of 24 pairs; to ask the failed ones again: retry=true" in first
+    assert made(tmp_path / "runs") == ["evaluate", "report"]
+    finish(start(tmp_path / "runs", *words, "retry=true"))
+    assert made(tmp_path / "runs")[2:] == ["evaluate"]  # the script fails at the same ones
+    assert list((tmp_path / "runs" / "artifacts" / "evaluate").glob("*.retried-*"))
+
+
 @pytest.mark.parametrize("moment", [0.2, 0.8, 1.3])
 def test_ctrl_c_ends_with_130_and_the_line_that_goes_on(tmp_path, moment):
     """Also within imports, whose libraries report the interrupt as an error of their own."""

@@ -1,5 +1,6 @@
 """`python -m align.judge agreement pairs=FILE …`: a judge against people, as a page and as JSON."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from align.command import composed
 from align.config import build, resolved
 from align.errors import ConfigError
 from align.judge.settings import called
+from align.notice import notice
 from align.pipeline import shortest
 from align.plan import shape
 from align.records import Comparison, Prompt, Verdict, read_messages
@@ -24,7 +26,7 @@ from align.stages.judged_pairs import (
     verdicts_from_labels,
     with_verdicts,
 )
-from align.stages.judging import Said, judge_missing
+from align.stages.judging import Said, again, judge_missing, read_verdicts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class Agreeing:
     workspace: str
     seed: int
     resamples: int
+    retry: bool
     judge: Any = field(metadata={"room": "align.judge"})
 
     def __post_init__(self) -> None:
@@ -132,10 +135,18 @@ def asked(settings: Agreeing, pairs: list[JudgedPair]) -> list[Verdict | None]:
     def comparisons() -> Iterator[Comparison]:
         return (comparison(pair) for pair in pairs)
 
+    if settings.retry and path.exists():
+        counts = Counter(verdict.status for verdict in read_verdicts(path))
+        if counts["failed"]:
+            path.unlink()
     judge_missing(comparisons, judge=settings.judge, path=path, title="judge")
     said = Said(path)
     found = [said.on([comparison(pair)]) for pair in pairs]
-    return [judged[0][1] if judged else None for judged in found]
+    verdicts = [judged[0][1] if judged else None for judged in found]
+    counts = Counter(verdict.status for verdict in verdicts if verdict is not None)
+    if counts["failed"]:
+        notice(f"the judge failed at {counts['failed']} of {len(pairs)} pairs{again(counts)}")
+    return verdicts
 
 
 def comparison(pair: JudgedPair) -> Comparison:

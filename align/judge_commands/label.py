@@ -4,7 +4,6 @@ somebody else made.
 
 import shlex
 import shutil
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from align.artifacts import Artifact, fingerprint, lock
+from align.artifacts import fingerprint
 from align.checks import check_file, check_range
 from align.command import composed
 from align.config import Launch, build, resolved
@@ -26,7 +25,7 @@ from align.judge_commands.status import told_time
 from align.pipeline import Done, Work, bring_about, shortest
 from align.plan import Step
 from align.records import OK, STATUSES, TIE, Candidate
-from align.stages.judging import VERDICTS, read_verdicts
+from align.stages.judging import again
 from align.stages.label import asked
 from align.stages.settings import CollectStage, Label, LabelStage
 
@@ -98,33 +97,11 @@ def job(tree: DictConfig) -> None:
 
 
 def run(settings: Labelling, steps: list[Step], values: dict[str, Any], command: str) -> Done:
-    """Brings the steps about; with retry=true what ended without a verdict is asked again."""
-    how = Work(verify=settings.verify, launch=HERE)
+    """Brings the steps about."""
+    how = Work(verify=settings.verify, retry=settings.retry, launch=HERE)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     given = {"workspace": settings.workspace, "name": settings.name, "text": text}
-    done = bring_about(steps, **given, command=command, how=how)
-    if settings.retry and "preferences" in done.made and set_aside(done.made["preferences"]):
-        return bring_about(steps, **given, command=command, how=how)
-    return done
-
-
-def set_aside(artifact: Artifact) -> bool:
-    """Moves labels of which some are without a verdict to NAME.retried-TIME, so that they are made
-    again; nothing is lost where that fails.
-
-    False where there is nothing to ask again.
-    """
-    with lock(artifact.path.with_suffix(".lock"), waiting="waiting for another run"):
-        lacking = sum(v.status == "failed" for v in read_verdicts(artifact.path / VERDICTS))
-        if lacking:
-            aside = artifact.path.with_name(f"{artifact.path.name}.retried-{time.time_ns()}")
-            artifact.path.rename(aside)
-            print(
-                f"asking again for {lacking} comparisons that failed; what was said before: "
-                f"{shortest(aside)}",
-                flush=True,
-            )
-    return bool(lacking)
+    return bring_about(steps, **given, command=command, how=how)
 
 
 def export(source: Path, target: Path) -> None:
@@ -148,8 +125,7 @@ def closing(settings: Labelling, done: Done) -> str:
         lines.append(f"{refused:,} rows of {settings.candidates} left out: {folder}/refused.jsonl")
     if without:
         told = ", ".join(f"{n:,} {status}" for status, n in without.items())
-        again = "; to ask the failed ones again: retry=true" if "failed" in without else ""
-        lines.append(f"without a verdict, so no preference: {told}{again}")
+        lines.append(f"without a verdict, so no preference: {told}{again(counts)}")
     lines.append(f"verdicts: {shortest(done.run.path.with_name('latest'))}/verdicts.jsonl")
     return "\n".join(lines)
 
@@ -179,11 +155,7 @@ def payees(judge: Any, called: str) -> list[Payee]:
         return [Payee(judge=judge), *(replace(each, escalated=True) for each in others)]
     if isinstance(judge, Jury) and judge.module is None:
         seats = [(f"judge.members.{name}", judge.members[name]) for name in voters(judge)]
-        return [
-            each
-            for key, member in seats
-            for each in payees(member, f"{key}={member.name}")
-        ]
+        return [each for key, member in seats for each in payees(member, f"{key}={member.name}")]
     if judge.module is not None or judge.name not in FREE:
         raise ConfigError(
             f"dry_run=true: what {called} takes cannot be estimated, for only judge=openai tells "
@@ -206,8 +178,7 @@ def dry_run(settings: Labelling, values: dict[str, Any], command: str) -> str:
     from align.judge.estimate import estimate
 
     # The candidates are read and checked (that is free); nothing is asked.
-    planned = replace(settings, retry=False)
-    done = run(planned, settings.steps()[:1], values, command)
+    done = run(settings, settings.steps()[:1], values, command)
     rows = IndexedRecords(done.made["candidates"].path / "candidates.jsonl", Candidate.from_json)
     stage = LabelStage(label=settings.label, judge=settings.judge, seed=settings.seed)
     found = [(each, estimate(asked(stage, rows), settings=each.judge)) for each in asked_judges]

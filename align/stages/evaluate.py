@@ -3,6 +3,7 @@ blind in both orders.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from align.jsonl import dump_line, read_records
 from align.judge.settings import called
 from align.named import named_module
 from align.records import OK, STATUSES, TIE, Candidate, Comparison, Prompt, Response, Verdict
-from align.stages.judging import VERDICTS, Said, judge_missing
+from align.stages.judging import VERDICTS, Said, again, judge_missing
 from align.stages.settings import EvaluateStage
 from align.stats import Interval, length_controlled, mean_interval, win_rate
 
@@ -53,7 +54,10 @@ def run(settings: EvaluateStage, inputs: dict[str, Path], out: Path) -> None:
     verdicts: list[Verdict] | list[None] = [None] * len(pairs)
     if settings.judge is not None:
         verdicts = found = judge_all(settings, pairs, out / VERDICTS)
-        write_json(out / "counts.json", {"cost_usd": sum(verdict.cost for verdict in found)})
+        counts = Counter(verdict.status for verdict in found)
+        write_json(out / "counts.json", {**counts, "cost_usd": sum(v.cost for v in found)})
+        if counts["failed"]:
+            print(f"the judge failed at {counts['failed']} of {len(pairs)} pairs{again(counts)}")
         metrics |= verdict_metrics(pairs, found, settings)
     with (out / "comparisons.jsonl").open("wb") as file:
         file.writelines(dump_line(row(p, v)) for p, v in zip(pairs, verdicts, strict=True))

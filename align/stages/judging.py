@@ -3,7 +3,7 @@ asked for twice.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -143,6 +143,15 @@ async def append(
                 block = []
     finally:
         appender.append(v.to_json() for v in block)
+
+
+def again(counts: Mapping[str, int]) -> str:
+    """What to type where the judge failed at some of the comparisons; empty where at none.
+
+    Args:
+        counts: of verdicts, by status.
+    """
+    return "; to ask the failed ones again: retry=true" if counts.get("failed") else ""
 
 
 def note(failed: int, cost: float) -> str:

@@ -12,7 +12,7 @@ from align.artifacts import write_json
 from align.errors import StageError
 from align.jsonl import IndexedRecords, dump_line
 from align.records import OK, STATUSES, TIE, Candidate, Comparison, Preference, Prompt, Verdict
-from align.stages.judging import VERDICTS, Said, judge_missing
+from align.stages.judging import VERDICTS, Said, again, judge_missing
 from align.stages.manner import Manner
 from align.stages.settings import Label, LabelStage
 
@@ -36,15 +36,19 @@ def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
     write_json(out / "counts.json", counts)
     if counts["preferences"] == 0:
         if counts["comparisons"] and not counts[OK] and not counts[TIE]:
+            if counts["failed"]:
+                (out / VERDICTS).unlink()  # so that the same command asks again
             raise StageError(
                 f"the judge gave no verdict on any of {counts['comparisons']} comparisons "
-                f"({told(counts)}); check the judge's model and settings"
+                f"({told(counts)}); check the judge's model and settings, then type the same "
+                "command"
             )
         raise StageError(
             f"none of {counts['comparisons']} comparisons became a preference ({told(counts)}); "
             "sample more varied answers (sampler.n, sampler.temperature) or look at verdicts.jsonl"
         )
-    print(f"labelled {counts['comparisons']} comparisons: {told(counts)}", flush=True)
+    line = f"labelled {counts['comparisons']} comparisons: {told(counts)}{again(counts)}"
+    print(line, flush=True)
 
 
 def asked(settings: LabelStage, candidates: Iterable[Candidate]) -> Iterator[Comparison]:

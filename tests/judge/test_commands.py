@@ -118,6 +118,37 @@ def test_failed_comparisons_are_asked_again_when_told_to(tmp_path):
     assert len(preferences(tmp_path)) == 2
 
 
+def test_when_all_comparisons_failed_the_same_command_asks_again(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    words = ["candidates=c.jsonl", "judge.max_attempts=1"]
+    with FakeServer(tmp_path) as server:
+        judge(tmp_path, "canaries", *at(server))
+        server.plan(faults={"500": 1.0})
+        first = judge(tmp_path, *words, *at(server))
+        assert first.returncode == 1 and "no verdict on any of 2 comparisons" in first.stderr
+        server.plan(faults={})
+        second = judge(tmp_path, *words, *at(server))
+        assert second.returncode == 0, second.stderr
+    assert len(preferences(tmp_path)) == 2
+
+
+def test_agreement_asks_again_where_the_judge_failed_when_told_to(tmp_path):
+    rows = [{"prompt": "?", "first": "No.", "second": "No, never.", "label": 2}]
+    write_rows(tmp_path / "pairs.jsonl", [*rows, {**rows[0], "prompt": "??"}])
+    words = ["agreement", "pairs=pairs.jsonl", "judge.max_attempts=1"]
+    with FakeServer(tmp_path) as server:
+        judge(tmp_path, "canaries", *at(server))
+        server.plan(fault_sequence=["500"])
+        first = judge(tmp_path, *words, *at(server))
+        assert "the judge failed at 1 of 2 pairs; to ask the failed ones again" in first.stderr
+        server.plan(fault_sequence=[])
+        server.reset()
+        again = judge(tmp_path, *words, *at(server), "retry=true")
+        assert again.returncode == 0 and server.stats()["received"] == 1
+    report = json.loads((tmp_path / "agreement" / "agreement.json").read_text())
+    assert report["statuses"] == {"ok": 2}
+
+
 def test_status_tells_progress_spending_and_what_was_possibly_billed(tmp_path):
     write_rows(tmp_path / "c.jsonl", ROWS)
     with FakeServer(tmp_path) as server:
