@@ -205,8 +205,11 @@ def convert(key: str, hint: Any, value: Any) -> Any:
 def build_named(key: str, room: str, hint: Any, node: Any) -> Any:
     """The dataclass that reads one group's node; None for a judge called none."""
     if not isinstance(node, Mapping):
+        # Only judges stand in other places than their own.
+        folder, typed = ("judge", f"judge@{key}") if "." in key else (key, key)
         raise ConfigError(
-            f"{key}={node}: is a group, not a value; type {key}=NAME with a file of conf/{key}/"
+            f"{key}={node}: is a group, not a value; type {typed}=NAME with a file of "
+            f"conf/{folder}/"
         )
     if key in ("model", "adapter"):
         return build(hint, node, f"{key}.")

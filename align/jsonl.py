@@ -33,7 +33,7 @@ def parse_line(raw: bytes, *, path: Path, number: int) -> dict[str, Any]:
     """
     try:
         line = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers and nestings without end, too
         raise DataError(
             f"{path}:{number}: not a line of JSON ({error}); mend or remove the line"
         ) from error

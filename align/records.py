@@ -313,17 +313,16 @@ class Preference(Record):
         chosen, rejected = _text(line, "chosen"), _text(line, "rejected")
         if chosen == rejected:
             raise DataError('"chosen" equals "rejected", so the line prefers nothing')
-        p, margin = line.get("p", 1.0), line.get("margin")
+        p = line.get("p", 1.0)
         if not isinstance(p, int | float) or not 0.5 <= p <= 1.0:
-            raise DataError(f'"p" is {p!r}, not a number from 0.5 to 1')
-        if margin is not None and not isinstance(margin, int | float):
-            raise DataError(f'"margin" is {margin!r}, neither a number nor null')
+            raise DataError(f'"p" is {_shown(p)}, not a number from 0.5 to 1')
+        margin = None if line.get("margin") is None else _number(line, "margin")
         return cls(
             **cls._shared(line, number),
             chosen=chosen,
             rejected=rejected,
             p=float(p),
-            margin=None if margin is None else float(margin),
+            margin=margin,
             judge=str(line.get("judge") or ""),
         )
 

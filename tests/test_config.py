@@ -96,6 +96,7 @@ def test_every_key_has_a_comment_in_its_file(path):
             "judge=null",
             "judge=null: judge is a group and wants a name; type judge=NAME (jury, ",
         ),
+        ("evaluate.judge=openai", "type judge@evaluate.judge=NAME with a file of conf/judge/"),
         ("model=hf", "model.name has no value; type model.name=VALUE"),
         ("data=preferences", "data=preferences: no file to read; type data.path=FILE"),
         ("data.path=nowhere.jsonl", "data.path=nowhere.jsonl: no such file"),

@@ -147,7 +147,7 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(finished, tmp_path):
 
 
 def test_retry_makes_anew_only_that_at_which_a_judge_failed(finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "runs")
+    shutil.copytree(finished, tmp_path / "runs", symlinks=True)
     words = ["judge@evaluate.judge=scripted", "evaluate.judge.statuses={failed:0.5}"]
     first = finish(start(tmp_path / "runs", *words))
     assert "of 24 pairs; to ask the failed ones again: retry=true" in first

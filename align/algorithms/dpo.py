@@ -23,12 +23,12 @@ def train(policy: "Policy", data: "PairData", *, settings: Dpo, out: Path) -> No
     """Writes out/adapter, out/curves.jsonl and out/metrics.json; goes on from out/checkpoints."""
     import torch
 
-    from align.algorithms.dpo_loss import LOSSES, PairLogprobs, soft_label
+    from align.algorithms.dpo_loss import LOSSES, PairLogprobs, hard_labels, soft_label
     from align.algorithms.fit import fit
     from align.algorithms.preference_trainer import Results
 
     def results(pairs: PairLogprobs, p: torch.Tensor) -> Results:
-        p = p if settings.soft_labels else torch.ones_like(p)
+        p = p if settings.soft_labels else hard_labels(p)
         q = soft_label(p, label_smoothing=settings.label_smoothing)
         more = {"offset": settings.offset} if settings.offset else {}
         return Results(

@@ -34,6 +34,11 @@ class PairLogprobs:
         return self.policy_rejected - self.reference_rejected
 
 
+def hard_labels(p: torch.Tensor) -> torch.Tensor:
+    """1 for whatever was preferred, however surely; a tie stays one, for it prefers nothing. [B]"""
+    return torch.where(p == 0.5, p, torch.ones_like(p))
+
+
 def soft_label(p: torch.Tensor, *, label_smoothing: float) -> torch.Tensor:
     """Probability that chosen is truly better: q = p (1 - e) + (1 - p) e, for labels that flip with
     probability e.

@@ -155,7 +155,9 @@ def score(prompt: Prompt, answer: str, *, lexicon: Lexicon) -> Scores:
         JudgeError: the prompt's `meta` holds no facts that the rubric knows.
     """
     kind, gold = prompt.meta.get("asked"), prompt.meta.get("gold")
-    if kind not in lexicon.units:
+    gold = str(gold) if type(gold) in (int, float) else gold
+    known = isinstance(kind, str) and kind in lexicon.units
+    if not known or not isinstance(gold, str | None):
         raise JudgeError(
             f"judge=rubric: prompt {prompt.id} carries no facts (meta.asked, meta.gold), so the "
             "embedded rubric "

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.records import Preference
+from align.errors import DataError
+from align.records import Preference, read_messages
 from align.sources.local import records
 from align.sources.settings import Source
 
@@ -24,13 +25,28 @@ def read(path: Path, *, settings: Source) -> Iterator[Preference]:
 
 def last_turns(line: Mapping[str, Any]) -> Mapping[str, Any]:
     """TRL's conversational form too: `chosen` and `rejected` as lists of turns whose last one is
-    the answer.
+    the answer, the conversation before it given there, or apart, or both.
+
+    Raises:
+        DataError: the last turn is not an answer, or the two answer different conversations.
     """
     plain = dict(line)
+    contexts = []
     for key in ("chosen", "rejected"):
         turns = line.get(key)
-        if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
-            plain[key] = turns[-1].get("content")
-            if len(turns) > 1 and "messages" not in plain and "prompt" not in plain:
-                plain["messages"] = turns[:-1]
+        if not isinstance(turns, list) or not turns or not isinstance(turns[-1], Mapping):
+            continue
+        if turns[-1].get("role") != "assistant":
+            raise DataError(f'the last turn of "{key}" is not the assistant\'s')
+        plain[key] = turns[-1].get("content")
+        contexts.append(read_messages({"messages": turns[:-1]}) if len(turns) > 1 else ())
+    if len(set(contexts)) > 1:
+        raise DataError('"chosen" and "rejected" answer different conversations')
+    if contexts and contexts[0]:
+        if "messages" in plain or "prompt" in plain:
+            apart = read_messages(plain)
+            if apart not in (contexts[0][: len(apart)], contexts[0][-len(apart) :]):
+                raise DataError('"chosen" answers another conversation than the prompt')
+            plain.pop("prompt", None)
+        plain["messages"] = [message.to_json() for message in contexts[0]]
     return plain

@@ -8,6 +8,7 @@ import torch
 from align.algorithms.dpo_loss import (
     LOSSES,
     PairLogprobs,
+    hard_labels,
     hinge_loss,
     ipo_loss,
     sigmoid_loss,
@@ -79,6 +80,10 @@ def test_soft_labels_are_smoothed() -> None:
 def test_ipo_is_squared_distance_of_mean_ratios_to_its_target() -> None:
     """Ratios 6 over 3 tokens and -2 over 2: h = 2 + 1 = 3; beta 0.25 wants 2: (3 - 2)^2 = 1."""
     assert ipo_loss(pair(6, -2, lengths=(3, 2)), beta=0.25, q=SURE).item() == pytest.approx(1)
+
+
+def test_a_tie_is_no_preference_with_hard_labels_either() -> None:
+    assert hard_labels(torch.tensor([0.5, 0.51, 1.0])).tolist() == [0.5, 1.0, 1.0]
 
 
 def test_ipo_with_a_soft_label_wants_a_smaller_gap() -> None:

@@ -81,9 +81,15 @@ def test_equal_answers_tie_and_a_swap_mirrors_the_verdict():
     assert one.p_first == 1 - other.p_first and one.margin == other.margin
 
 
-def test_a_prompt_without_facts_is_refused_rather_than_guessed():
+@pytest.mark.parametrize("meta", [{}, {"asked": ["notice"]}, {"asked": "notice", "gold": [14]}])
+def test_a_prompt_without_facts_is_refused_rather_than_guessed(meta):
     with pytest.raises(JudgeError, match="carries no facts"):
-        judged(Prompt.from_json({"prompt": "?"}), "a", "b")
+        judged(Prompt.from_json({"prompt": "?", "meta": meta}), "a", "b")
+
+
+def test_a_gold_value_may_be_a_number():
+    prompt = Prompt.from_json({"prompt": "?", "meta": {"asked": "notice", "gold": 14}})
+    assert judged(prompt, "It is 14 days.", "It is 15 days.").p_first == 1.0
 
 
 def test_a_file_that_is_no_rubric_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Sources: local files in both formats, TRL's conversational form, and the QA-Feedback release."""
 
 import json
+import math
 from pathlib import Path
 
 import pyarrow
@@ -68,6 +69,46 @@ def test_the_conversational_form_of_trl_is_read(tmp_path):
     path.write_text(json.dumps(row) + "\n")
     (read,) = preferences.read(path, settings=settings(path))
     assert (read.messages[0].content, read.chosen, read.rejected) == ("q", "a", "b")
+
+
+def turns(*texts: str) -> list[dict]:
+    """A conversation that the user begins."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"chosen": turns("q", "a"), "rejected": turns("other", "b")}, "different conversations"),
+        ({"chosen": turns("q", "a"), "rejected": turns("b")}, "the last turn of .rejected. is not"),
+        ({"chosen": turns("q", "a", "thanks"), "rejected": turns("q", "b")}, "is not the assis"),
+        ({"prompt": "p", "chosen": turns("q", "a"), "rejected": turns("q", "b")}, "another conv"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": math.nan}, "margin.*nan, not a"),
+    ],
+)
+def test_an_answer_is_never_told_as_one_to_another_question(tmp_path, row, says):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=f"p.jsonl:1: .*{says}"):
+        list(preferences.read(path, settings=settings(path)))
+
+
+def test_the_whole_conversation_counts_where_the_prompt_is_only_its_beginning_or_end(tmp_path):
+    path = tmp_path / "p.jsonl"
+    whole = {"chosen": turns("q", "x", "q2", "a"), "rejected": turns("q", "x", "q2", "b")}
+    path.write_text("".join(json.dumps({"prompt": p, **whole}) + "\n" for p in ("q", "q2")))
+    for read in preferences.read(path, settings=settings(path)):
+        assert [message.content for message in read.messages] == ["q", "x", "q2"]
+        assert (read.chosen, read.rejected) == ("a", "b")
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000])
+def test_numbers_and_nestings_without_end_are_named_by_file_and_line(tmp_path, value):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "q"}}\n{{"prompt": "q", "n": {value}}}\n')
+    with pytest.raises(DataError, match=r"p\.jsonl:2: not a line of JSON"):
+        list(prompts.read(path, settings=settings(path)))
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.parquet"])
