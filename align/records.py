@@ -256,7 +256,7 @@ class Verdict:
         status: only "ok" and "tie" may become training data.
         p_first: probability that the first answer is better, over both orders; None unless ok or
             tie.
-        consistent: both orders agreed.
+        consistent: both orders agreed; of a judge that escalates, its own.
         looks: probability of the answer *shown first*, in the given order and in the swapped one;
             empty where the judge does not look in orders.
         margin: how much better the preferred one is on the judge's own scale, None where it has

@@ -5,16 +5,24 @@ A better parser raises `PARSER`: answers that are in the ledger are then read ag
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.judge.forms import LISTWISE, SCALAR, Form
 from align.judge.objects import Parsed, beside, in_objects, parsed, unbroken
-from align.judge.spoken import Found, after_thinking, lone, ranked, tagged
+from align.judge.spoken import (
+    Found,
+    after_thinking,
+    before_the_answer,
+    lone,
+    ranked,
+    second_thoughts,
+    tagged,
+)
 from align.judge.token_logprobs import probabilities
 from align.unseen import NARROW
 
-PARSER = 2
+PARSER = 3
 OK, REFUSAL, MALFORMED = "ok", "refusal", "malformed"
 LONGEST = 100_000  # characters behind the thinking; what is longer is no verdict
 MOST_TOKENS = 1 << 40  # what says more is no count
@@ -103,6 +111,9 @@ def read(body: Mapping[str, Any], form: Form) -> Reading:
     whole = unbroken(narrow, objects)
     lines = min(whole, finished(narrow, form), key=len) if cut else whole
     found = list(given(narrow, objects, lines, form))
+    if start:
+        for passage in before_the_answer(content.translate(NARROW)):
+            found += [replace(each, sure=False) for each in tagged(passage, form.key, form)]
     said, sure = {each.value for each in found}, [each for each in found if each.sure]
     if len(said) != 1 or not sure:
         none = "cut off at max_tokens" if cut else f"no {form.key}"
@@ -141,6 +152,7 @@ def given(text: str, objects: Sequence[Parsed], lines: str, form: Form) -> Itera
         if not named and (order := ranked(lines, form.labels)) is not None:
             yield Found(value=order)
     elif not held:
+        yield from second_thoughts(lines, form.key, form)
         yield from lone(lines, form, alone=not named)
 
 

@@ -11,11 +11,10 @@ from align.judge.asker import Asker
 from align.judge.batch_api import BatchApi
 from align.judge.entries import ANSWERED
 from align.judge.intake import PERMANENT
-from align.judge.openai import dropped
 from align.judge.owners import BATCH
 from align.judge.request import Request, request
 from align.judge.shards import Draft
-from align.judge.verdicts import groups, questions
+from align.judge.verdicts import fitting, groups, questions
 from align.records import Comparison
 
 AT_ONCE = 256  # requests looked up together
@@ -111,9 +110,10 @@ class Drafting:
     def requests(self) -> Iterator[Request]:
         settings, able = self.asker.settings, self.asker.able
         for group in groups(self.comparisons, settings=settings):
-            if dropped(group, settings=settings):
+            kept = fitting(group, settings=settings)
+            if not kept.comparisons:
                 continue
-            for question in questions(group, settings=settings, samples=settings.samples):
+            for question in questions(kept, settings=settings, samples=settings.samples):
                 yield request(question, settings=settings, able=able, limit=settings.max_chars)
 
     def free(self, key: bytes) -> bool:

@@ -8,7 +8,7 @@ from align.judge.ledger import Ledger
 from align.judge.prices import Price, price_of
 from align.judge.request import Capability, able_of, request
 from align.judge.settings import Openai
-from align.judge.verdicts import Group, groups, questions
+from align.judge.verdicts import fitting, groups, questions
 from align.records import Comparison
 
 CHARACTERS_PER_TOKEN = 4  # of English prose; other languages have fewer
@@ -36,13 +36,6 @@ class Estimate:
     seconds: float
 
 
-def too_long(group: Group, *, settings: Openai) -> bool:
-    """Whether the judge would pass it over, and ask nothing."""
-    from align.judge.openai import dropped  # takes the client along, which only labelling needs
-
-    return dropped(group, settings=settings)
-
-
 def estimate(comparisons: Iterable[Comparison], *, settings: Openai) -> Estimate:
     """Renders every question as it would be sent, and looks up which are answered already."""
     price = price_of(settings)
@@ -58,9 +51,10 @@ def estimate(comparisons: Iterable[Comparison], *, settings: Openai) -> Estimate
         count = requests = answered = read = worst = 0
         for group in groups(comparisons, settings=settings):
             count += len(group.comparisons)
-            if too_long(group, settings=settings):
+            kept = fitting(group, settings=settings)
+            if not kept.comparisons:
                 continue
-            for question in questions(group, settings=settings, samples=settings.samples):
+            for question in questions(kept, settings=settings, samples=settings.samples):
                 wanted = request(question, settings=settings, able=able, limit=settings.max_chars)
                 requests += 1
                 if ledger and ledger.judgment(wanted.key) is not None:

@@ -23,11 +23,13 @@ from typing import Any, TypeVar
 
 from align.checks import check_file, check_range
 from align.errors import ConfigError, JudgeError
+from align.judge import local
 from align.judge.settings import Jury
 from align.judge.verdicts import Group, without
 from align.named import named_module
 from align.records import OK, TIE, Comparison, Verdict
 
+WINDOW = local.WINDOW  # for the members among which there is one
 USABLE = (OK, TIE)
 AGREEMENT = (0.5, 0.99)  # what an agreement rate is held to before it becomes a weight
 PROBABILITY = (0.01, 0.99)  # the same for a probability before its log-odds are pooled

@@ -11,7 +11,6 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +19,20 @@ from align.judge.answers import OK, Reading
 from align.judge.forms import Form
 from align.judge.prompts import Template, one_message
 from align.judge.settings import Local
-from align.judge.verdicts import Answer, Group, Question, groups, questions, verdicts, without
+from align.judge.verdicts import (
+    Answer,
+    Group,
+    Question,
+    fitting,
+    groups,
+    questions,
+    verdicts,
+    windows,
+    with_dropped,
+)
 from align.records import Comparison, Message, Verdict
 
-WINDOW = 128  # pairs that are sorted by length together
+WINDOW = 128  # pairs that are sorted by length together; a resumed file goes on at such a border
 LEAST_SHOWN = 50  # characters of a text; what does not fit even so is given up
 BUSY = threading.Lock()  # one model computes, or loads, at a time: they share the machine
 
@@ -37,9 +46,8 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Local) -> Asyn
         ConfigError: no such model, or one without a chat template.
     """
     async with opened(settings) as bench:
-        waiting = groups(comparisons, settings=settings)
-        while window := list(islice(waiting, WINDOW)):
-            for settled in await bench.settle_all(window):
+        for window in windows(comparisons, least=WINDOW):
+            for settled in await bench.settle_all(list(groups(window, settings=settings))):
                 for verdict in settled:
                     yield verdict
 
@@ -85,37 +93,33 @@ class Bench:
 
     async def settle_all(self, several: Sequence[Group]) -> list[list[Verdict]]:
         """The verdicts of several groups, whose questions are read in common batches."""
+        kept = [fitting(group, settings=self.settings) for group in several]
         async with self.turn:
-            asked = await apart(lambda: [self.prepared(group) for group in several])
-            flat = [question for prepared in asked for question in prepared or ()]
+            asked = await apart(lambda: [self.prepared(group) for group in kept])
+            flat = [question for prepared in asked for question in prepared]
             answers = iter(await self.answers(flat))
-        return [
-            self.overflowed(group)
-            if prepared is None
-            else verdicts(
-                group, [next(answers) for _ in prepared], settings=self.settings, judge=self.name
-            )
-            for group, prepared in zip(several, asked, strict=True)
-        ]
+        settled = []
+        for group, some, prepared in zip(several, kept, asked, strict=True):
+            read = [next(answers) for _ in prepared]
+            judged = some if read else Group(comparisons=())
+            found = verdicts(judged, read, settings=self.settings, judge=self.name) if read else []
+            settled.append(with_dropped(group, judged, found, judge=self.name))
+        return settled
 
-    def overflowed(self, group: Group) -> list[Verdict]:
-        return [without(c, status="overflow", judge=self.name) for c in group.comparisons]
-
-    def prepared(self, group: Group) -> list["Prepared"] | None:
-        """The group's questions in tokens, their texts cut alike where that makes them fit; None
+    def prepared(self, group: Group) -> list["Prepared"]:
+        """The group's questions in tokens, their texts cut alike where that makes them fit; none
         where they do not fit.
         """
+        if not group.comparisons:
+            return []
         asked, limit = questions(group, settings=self.settings), self.settings.max_chars
-        dropping = self.settings.on_overflow == "drop"
-        if dropping and max(len(text) for text in group.texts.values()) > limit:
-            return None
         while True:
             found = [self.encoded(question, limit=limit) for question in asked]
             if all(question.size <= self.room for question in found):
                 return found
             limit = min(limit, longest_shown(asked)) // 2
-            if dropping or limit < LEAST_SHOWN:
-                return None
+            if self.settings.on_overflow == "drop" or limit < LEAST_SHOWN:
+                return []
 
     def encoded(self, question: Question, *, limit: int) -> "Prepared":
         from align.judge.label_probabilities import label_tokens

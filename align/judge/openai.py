@@ -23,7 +23,15 @@ from align.judge.prices import price_of, usd
 from align.judge.probe import capability
 from align.judge.request import Capability
 from align.judge.settings import Openai
-from align.judge.verdicts import Answer, Group, groups, questions, verdicts, without
+from align.judge.verdicts import (
+    Answer,
+    Group,
+    fitting,
+    groups,
+    questions,
+    verdicts,
+    with_dropped,
+)
 from align.named import named_module
 from align.notice import notice
 from align.records import OK, TIE, Comparison, Verdict
@@ -130,15 +138,17 @@ class Bench:
 
     async def settle(self, group: Group) -> list[Verdict]:
         settings = self.asker.settings
-        if dropped(group, settings=settings):
-            return [without(c, status="overflow", judge=settings.judge) for c in group.comparisons]
-        found = verdicts(group, await self.answers(group), settings=settings, judge=settings.judge)
-        if self.escalation is None:
-            return found
-        return [
-            await self.escalated(comparison, verdict)
-            for comparison, verdict in zip(group.comparisons, found, strict=True)
-        ]
+        kept = fitting(group, settings=settings)
+        found: list[Verdict] = []
+        if kept.comparisons:
+            answers = await self.answers(kept)
+            found = verdicts(kept, answers, settings=settings, judge=settings.judge)
+        if self.escalation is not None:
+            found = [
+                await self.escalated(comparison, verdict)
+                for comparison, verdict in zip(kept.comparisons, found, strict=True)
+            ]
+        return with_dropped(group, kept, found, judge=settings.judge)
 
     async def answers(self, group: Group) -> Sequence[Answer]:
         """The answers to the group's questions; where the endpoint finds them too long, to shorter
@@ -166,18 +176,20 @@ class Bench:
         return answered
 
     async def escalated(self, comparison: Comparison, verdict: Verdict) -> Verdict:
-        """The other judge's verdict where this one's orders disagree; both are paid for."""
+        """The other judge's verdict where this one's orders disagree; both are paid for. That they
+        do, and what this one saw, stays with it.
+        """
         if verdict.status not in (OK, TIE) or verdict.consistent:
             return verdict
         assert self.escalation is not None
         (other,) = await self.escalation.settle(Group(comparisons=(comparison,)))
-        return replace(other, cost=verdict.cost + other.cost, tokens=verdict.tokens + other.tokens)
-
-
-def dropped(group: Group, *, settings: Openai) -> bool:
-    """Whether the group is too long to be asked about."""
-    longest = max(len(text) for c in group.comparisons for text in (c.first, c.second))
-    return settings.on_overflow == "drop" and longest > settings.max_chars
+        return replace(
+            other,
+            looks=verdict.looks,
+            consistent=False,
+            cost=verdict.cost + other.cost,
+            tokens=verdict.tokens + other.tokens,
+        )
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
+from jinja2 import FileSystemLoader, StrictUndefined, TemplateError, TemplateNotFound
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -103,19 +103,30 @@ def nonce(material: Material) -> str:
 class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja for templates that others wrote: no attributes of Python's, nothing huge by a trick."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "%"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            raise SecurityError("% writes texts of any length; type {{ value }} in their place")
         for side in (left, right):
             if (abs(side) if isinstance(side, int | float) else len(side)) > MOST_MULTIPLIED:
                 raise SecurityError(f"{operator} is for small numbers and short texts")
         return super().call_binop(context, operator, left, right)
 
 
+class Templates(FileSystemLoader):
+    """Templates and texts alone: what else lies in their folder is nobody's business."""
+
+    def get_source(self, environment: Any, template: str) -> Any:
+        if not template.endswith((".j2", ".txt")):
+            raise TemplateNotFound(template, f"{template}: is neither .j2 nor .txt")
+        return super().get_source(environment, template)
+
+
 @functools.lru_cache(maxsize=8)
 def environment(folders: tuple[str, ...]) -> Sandbox:
     sandbox = Sandbox(
-        loader=FileSystemLoader(list(folders)),
+        loader=Templates(list(folders)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

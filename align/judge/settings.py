@@ -68,6 +68,10 @@ class Asking:
                 f"judge.prompt={self.prompt}: neither one of {', '.join(names)} nor a file; type "
                 "judge.prompt=NAME or judge.prompt=FILE.j2"
             )
+        if path.suffix != ".j2":
+            raise ConfigError(
+                f"judge.prompt={self.prompt}: a template's name ends in .j2; rename it"
+            )
         object.__setattr__(self, "prompt", str(path.absolute()))  # from here on it is a file
         check_choice("judge.kind", self.kind, KINDS)
         check_choice("judge.scale", self.scale, tuple(SCALES))

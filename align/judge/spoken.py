@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.judge.forms import LISTWISE, SCALAR, Form
+from align.judge.forms import LISTWISE, PAIRWISE, SCALAR, Form
 
 LONGEST_LINE = 400  # characters of a line, or of a ranking, that can be an answer
 DRESSING = " \t\r\n\v\f\u00a0\u202f\"'`*_#()[]{}$\\.,:;!«»“”‘’"  # [[A]], **A**, (a), "A".
@@ -66,6 +66,18 @@ def after_thinking(content: str) -> int | None:
         return None if THINKING.match(content) else 0
     # A tag that a string of a JSON answer quotes ends nothing.
     return 0 if object_end(content) >= ends[-1] else ends[-1]
+
+
+def before_the_answer(content: str) -> Iterator[str]:
+    """The passages before an end of thinking that nothing shows to be thoughts: the end tag may be
+    a quotation, and what stands before it an answer.
+    """
+    begin = 0
+    for match in THOUGHT.finditer(content):
+        passage = content[begin : match.start()]
+        if not THINKING.match(passage):
+            yield passage
+        begin = match.end()
 
 
 def object_end(content: str) -> int:
@@ -140,6 +152,17 @@ def tagged(text: str, key: str, form: Form) -> Iterator[Found]:
             yield Found(found.value, offset + match.end() + (found.place or 0))
         elif (word := re.match(r"\w+", undressed(rest))) and (found := value_of(word[0], form)):
             yield Found(found.value, sure=False)  # "Verdict: A, or rather"
+
+
+def second_thoughts(text: str, key: str, form: Form) -> Iterator[Found]:
+    """From within a line, "No, I was wrong. Verdict: B", of a pair: enough to contradict."""
+    if form.kind != PAIRWISE:
+        return
+    tag = re.compile(rf"(?<=\W){re.escape(key)}{GAP}[:=]{GAP}(\w+)", re.IGNORECASE)
+    for line, _ in lines(text):
+        for match in tag.finditer(line, 1):
+            if (found := value_of(match[1], form)) is not None:
+                yield Found(found.value, sure=False)
 
 
 def lone(text: str, form: Form, *, alone: bool) -> Iterator[Found]:

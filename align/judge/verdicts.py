@@ -6,6 +6,7 @@ this process are asked and read alike.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import fsum
 from statistics import fmean
 
@@ -52,7 +53,9 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Comparisons that are settled by the same answers: one pair, or all pairs of a prompt."""
+    """Comparisons that are settled by the same answers: one pair, or all pairs of a prompt (of a
+    ranking, and of marks, which each response is given once).
+    """
 
     comparisons: tuple[Comparison, ...]
 
@@ -67,8 +70,10 @@ class Group:
 
 
 def groups(comparisons: Iterable[Comparison], *, settings: Asking) -> Iterator[Group]:
-    """Pairs one by one; for rankings all neighbours that share a prompt and its responses."""
-    if settings.kind != forms.LISTWISE:
+    """Pairs one by one; for rankings and marks all neighbours that share a prompt and its
+    responses.
+    """
+    if settings.kind == forms.PAIRWISE:
         for comparison in comparisons:
             yield Group(comparisons=(comparison,))
         return
@@ -87,6 +92,45 @@ def groups(comparisons: Iterable[Comparison], *, settings: Asking) -> Iterator[G
         texts |= sides
     if gathered:
         yield Group(comparisons=tuple(gathered))
+
+
+def windows(comparisons: Iterable[Comparison], *, least: int) -> Iterator[list[Comparison]]:
+    """Neighbours by whole prompts, at least so many comparisons together."""
+    gathered: list[Comparison] = []
+    for _, prompt in groupby(comparisons, key=lambda comparison: comparison.prompt.id):
+        gathered += prompt
+        if len(gathered) >= least:
+            yield gathered
+            gathered = []
+    if gathered:
+        yield gathered
+
+
+def fitting(group: Group, *, settings: Asking) -> Group:
+    """The group without the comparisons that are given up because they are too long; a ranking is
+    of all responses or none.
+    """
+    if settings.on_overflow != "drop":
+        return group
+    most = settings.max_chars
+    kept = [c for c in group.comparisons if max(len(c.first), len(c.second)) <= most]
+    whole = len(kept) == len(group.comparisons)
+    return Group(comparisons=tuple(kept) if whole or settings.kind != forms.LISTWISE else ())
+
+
+def with_dropped(
+    group: Group, kept: Group, found: Sequence[Verdict], *, judge: str
+) -> list[Verdict]:
+    """The verdicts on a whole group, of which `found` are those on the comparisons that `fitting`
+    kept.
+    """
+    waiting = list(zip(kept.comparisons, found, strict=True))[::-1]
+    return [
+        waiting.pop()[1]
+        if waiting and waiting[-1][0] is comparison
+        else without(comparison, status="overflow", judge=judge)
+        for comparison in group.comparisons
+    ]
 
 
 def questions(group: Group, *, settings: Asking, samples: int = 1) -> list[Question]:
@@ -146,7 +190,7 @@ def verdicts(
     found = []
     for number, comparison in enumerate(group.comparisons):
         verdict = single(group, comparison, rounds, settings=settings, judge=judge)
-        # A ranking is paid for once: its first verdict carries the price.
+        # What settles several pairs is paid for once: the first verdict carries the price.
         found.append(replace(verdict, tokens=tokens, cost=cost) if number == 0 else verdict)
     return found
 
@@ -159,7 +203,11 @@ def single(
     settings: Asking,
     judge: str,
 ) -> Verdict:
-    bad = {answer.status for answers in rounds for answer in answers if answer.status != READ}
+    places = list(range(len(rounds[0])))
+    if settings.kind == forms.SCALAR:  # the others' marks have nothing to do with it
+        indices = list(group.texts)
+        places = [indices.index(i) for i in (comparison.first_index, comparison.second_index)]
+    bad = {answers[place].status for answers in rounds for place in places} - {READ}
     if bad:
         status = next((status for status in GRAVEST if status in bad), "failed")
         return without(comparison, status=status, judge=judge)

@@ -17,7 +17,7 @@ from align.judge.settings import called
 from align.notice import notice
 from align.pipeline import shortest
 from align.plan import shape
-from align.records import Comparison, Prompt, Verdict, read_messages
+from align.records import Comparison, Prompt, Verdict
 from align.stages.judged_pairs import (
     Columns,
     JudgedPair,
@@ -150,8 +150,5 @@ def asked(settings: Agreeing, pairs: list[JudgedPair]) -> list[Verdict | None]:
 
 
 def comparison(pair: JudgedPair) -> Comparison:
-    key = "prompt" if isinstance(pair.prompt, str) else "messages"
-    messages = read_messages({key: pair.prompt}) if key == "prompt" else pair.prompt
-    assert not isinstance(messages, str)
-    prompt = Prompt(id=pair.id, messages=tuple(messages))
+    prompt = Prompt(id=pair.id, messages=pair.messages, meta=pair.meta)
     return Comparison(prompt=prompt, first=pair.first, second=pair.second)

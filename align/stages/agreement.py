@@ -104,11 +104,13 @@ def sentence(report: AgreementReport) -> str:
         f"({bounds(row.one_order.agreement)}) of {row.one_order.n:,} pairs{order} "
         f"({_kappa(row.one_order)})"
     )
-    if row.both_alike is None or report.position is None:
+    if report.position is None:
+        return f"{told}."
+    told += f". It decides {percent(report.position.consistent.mean)} of pairs alike in both orders"
+    if row.both_alike is None:
         return f"{told}."
     return (
-        f"{told}. It decides {percent(report.position.consistent.mean)} of pairs alike in both "
-        f"orders, and agrees on {percent(row.both_alike.agreement.mean)} of those "
+        f"{told}, and agrees on {percent(row.both_alike.agreement.mean)} of those "
         f"({_kappa(row.both_alike)})."
     )
 
@@ -119,12 +121,12 @@ def _kappa(found: Agreement) -> str:
 
 def _span(found: Sequence[Agreement]) -> str:
     """ "62.0–64.5% of 974 pairs (κ .38–.41)", or a single number where the ends are equal."""
-    shares = sorted(f"{100 * row.agreement.mean:.1f}" for row in found)
+    rates = sorted(row.agreement.mean for row in found)
     counts = sorted({row.n for row in found})
     known = sorted(row.kappa.mean for row in found if row.kappa is not None)
     ends = list(dict.fromkeys(kappa(value) for value in (known[:1] + known[-1:])))
     told = f" (κ {' to '.join(ends)})" if known else ""
-    share = "–".join(dict.fromkeys((shares[0], shares[-1])))
+    share = "–".join(dict.fromkeys(f"{100 * rate:.1f}" for rate in (rates[0], rates[-1])))
     n = "–".join(dict.fromkeys(f"{count:,}" for count in (counts[0], counts[-1])))
     return f"{share}% of {n} pairs{told}"
 

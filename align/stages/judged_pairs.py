@@ -3,7 +3,7 @@ labels to them.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class JudgedPair:
         prompt: plain text, or the turns of a conversation.
         human: by column "first", "second", "tie", or None where nothing readable is there.
         unreadable: the columns with a value that is no label.
+        meta: all columns that nobody named; a judge's reference answer may be among them.
         verdict: the judge's, None as long as it was not asked.
     """
 
@@ -77,6 +78,7 @@ class JudgedPair:
     human: Mapping[str, str | None]
     verdict: Verdict | None = None
     unreadable: tuple[str, ...] = field(default=())
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -178,7 +180,15 @@ def read_pair(row: Row, columns: Columns, *, number: int) -> JudgedPair:
         second=_text(row, columns.second),
         human=human,
         unreadable=tuple(unreadable),
+        meta=_meta(row, {name for _, name in columns.settings}),
     )
+
+
+def _meta(row: Row, named: Set[str]) -> dict[str, Any]:
+    """What a prompt's `meta` holds: columns that nobody named, and a column of that name."""
+    given = row.get("meta")
+    others = {key: value for key, value in row.items() if key not in named and key != "meta"}
+    return {**others, **(given if isinstance(given, Mapping) else {})}
 
 
 def _prompt(row: Row, names: Sequence[str]) -> str | tuple[Message, ...]:

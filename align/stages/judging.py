@@ -34,7 +34,9 @@ def judge_missing(
     """
     repair(path)
     if path.exists():
-        truncate_lines(path, whole_prompts(comparisons(), path))
+        module = named_module("align.judge", judge.name, judge.module)
+        window = getattr(module, "WINDOW", 1)
+        truncate_lines(path, whole_prompts(comparisons(), path, window=window))
     with JsonlAppender(path) as appender:
         missing = Missing(comparisons, path)
         total = sum(1 for _ in comparisons())
@@ -43,26 +45,33 @@ def judge_missing(
             asyncio.run(append(missing, judge=judge, appender=appender, advance=advance))
 
 
-def whole_prompts(comparisons: Iterable[Comparison], path: Path) -> int:
+def whole_prompts(comparisons: Iterable[Comparison], path: Path, *, window: int = 1) -> int:
     """How many of the verdicts are on prompts whose last comparison has one.
 
     A judge that ranks all answers of a prompt must be asked about all of them or none, so what a
     crash left of a prompt is judged again; a judge with a ledger pays nothing for it.
+
+    Args:
+        window: comparisons that the judge looks at together (its module's WINDOW, 1 where it has
+            none), as `verdicts.windows` has them. What is left of such a window is judged again
+            too, for batches put together otherwise differ in the last digits.
     """
     verdicts = read_verdicts(path)
     pending = next(verdicts, None)
-    whole = seen = 0
+    whole = seen = size = 0
     for _, group in groupby(comparisons, key=lambda comparison: comparison.prompt.id):
         last = False
         for comparison in group:
+            size += 1
             last = pending is not None and is_of(pending, comparison)
             if last:
                 seen += 1
                 pending = next(verdicts, None)
         if pending is None and not last:
             return whole
-        whole = seen
-    return whole if pending is None else seen + 1 + sum(1 for _ in verdicts)
+        if size >= window:
+            whole, size = seen, 0
+    return seen if pending is None else seen + 1 + sum(1 for _ in verdicts)
 
 
 class Missing:

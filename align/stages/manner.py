@@ -29,7 +29,8 @@ class Manner:
 
     Attributes:
         consistent: of the pairs seen in both orders, those where the orders agree.
-        first_pick: of all looks, those that prefer the answer shown first; 0.5 is impartial.
+        first_pick: share of looks that prefer the answer shown first; 0.5 is impartial. Counted by
+            pairs, whose two looks depend on each other.
         longer_wins: of the decided pairs of unequal length, those that the longer answer won.
     """
 
@@ -40,8 +41,7 @@ class Manner:
     def add(self, comparison: Comparison, verdict: Verdict) -> None:
         if len(verdict.looks) == 2:
             self.consistent.add(float(verdict.consistent))
-            for look in verdict.looks:
-                self.first_pick.add(preference(look))
+            self.first_pick.add(sum(map(preference, verdict.looks)) / 2)
         longer = len(comparison.first) - len(comparison.second)
         if verdict.p_first not in (None, 0.5) and longer:
             self.longer_wins.add(float((verdict.p_first > 0.5) == (longer > 0)))

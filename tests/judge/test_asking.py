@@ -4,10 +4,12 @@ key reaches no file, and what cannot work is one line.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import sqlite3
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,8 +77,11 @@ def test_what_the_orders_disagree_on_goes_to_another_judge(tmp_path):
             settings = read_config(plain(compose("config", overrides))).judge
         asked = pairs(4)
         found = judge_all(asked, settings)
-    assert right(asked, found)
+    assert right(asked, [replace(v, consistent=True) for v in found])
     assert {v.judge for v in found} == {"large"}
+    # The other one's verdict does not hide that this one is swayed by the order.
+    assert not any(v.consistent for v in found)
+    assert all(look > 0.5 for v in found for look in v.looks)
     assert [j.identity for j in look(tmp_path / "l.sqlite").judges] == ["large", "small"]
 
 
@@ -201,6 +206,23 @@ def test_every_kind_of_question_is_answered_in_every_form(tmp_path, kind, answer
     assert all(v.status in (OK, TIE) for v in found)
     if kind != "scalar":
         assert right(asked, found)
+
+
+def test_every_response_is_marked_and_paid_for_once(tmp_path):
+    prompt = Prompt.from_json({"id": "p", "prompt": "?"})
+    texts = [f"{'long ' * i}answer" for i in range(5)]
+    asked = [
+        Comparison(prompt=prompt, first=texts[a], second=texts[b], first_index=a, second_index=b)
+        for a, b in itertools.combinations(range(5), 2)
+    ]
+    with FakeServer(tmp_path) as server:
+        settings = openai_settings(tmp_path, server.url, kind="scalar")
+        found = judge_all(asked, settings)
+        assert server.stats()["received"] == 1 + len(texts)  # one probe
+    assert sum(v.cost > 0 for v in found) == 1 and len(found) == 10
+    with Ledger.open(Path(settings.ledger)) as ledger:
+        marked = ledger.rows("SELECT sum(cost) FROM judgment")[0][0]
+    assert round(sum(v.cost for v in found) * 1e9) == marked
 
 
 def test_criteria_reasons_and_five_levels_reach_the_verdict(tmp_path):

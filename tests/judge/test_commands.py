@@ -201,6 +201,8 @@ def test_status_lists_what_is_in_batches_and_a_foreign_ledger_cannot_steer_the_t
         (["candidates=c.jsonl", "judge=openai", "judge.model=o3"], "OPENAI_API_KEY"),
         (["candidates=c.jsonl", "judge=openai", "judge.model=o3", "judge.prompt=kindness"],
          "judge.prompt=kindness: neither one of correctness, harmlessness"),
+        (["candidates=c.jsonl", "judge=openai", "judge.model=o3", "judge.prompt=c.jsonl"],
+         "judge.prompt=c.jsonl: a template's name ends in .j2"),
         (["candidates=c.jsonl", "judge=openai", "judge.model=o3", "judge.scael=two"],
          "did you mean judge.scale?"),
         (["candidates=c.jsonl", "judge=openai", "judge.model=o3",

@@ -20,6 +20,7 @@ from align.judge.verdicts import Group
 from align.models.settings import Model
 from align.plan import shape
 from align.records import Comparison, Message, Prompt, Verdict
+from align.stages.judging import judge_missing
 from tests.conftest import STARTER, model_settings, save_tiny
 from tests.test_config import composed
 
@@ -135,6 +136,24 @@ def test_the_window_of_sorting_changes_nothing(llama, monkeypatch):
     expected = judged(chosen)
     monkeypatch.setattr(local, "WINDOW", 2)
     assert close(expected, judged(chosen))
+
+
+def test_a_file_that_was_cut_ends_like_one_that_was_not(llama, monkeypatch, tmp_path):
+    monkeypatch.setattr(local, "WINDOW", 4)
+    asked = [
+        replace(
+            COMPARISONS[i % 3],
+            prompt=Prompt(id=str(i), messages=(Message(role="user", content="word " * (i * 7)),)),
+        )
+        for i in range(1, 14)
+    ]
+    paths = tmp_path / "undisturbed", tmp_path / "cut"
+    judge_missing(lambda: asked, judge=settings(llama), path=paths[0], title="")
+    lines = paths[0].read_bytes().splitlines(keepends=True)
+    for kept in (2, 4, 11, 13):
+        paths[1].write_bytes(b"".join(lines[:kept]) + lines[0][:20])
+        judge_missing(lambda: asked, judge=settings(llama), path=paths[1], title="")
+        assert paths[1].read_bytes() == paths[0].read_bytes()
 
 
 def test_a_swap_mirrors_the_verdict(llama):

@@ -347,6 +347,7 @@ def test_a_cut_never_leaves_an_escape_open():
 def own(tmp_path: Path, text: str, *, responses: tuple[str, ...] = ("one", "two")):
     file = tmp_path / "own.j2"
     file.write_text(text, encoding="utf-8")
+    (tmp_path / ".env").write_text("KEY=secret")
     return Template(file, SHIPPED).render(
         material(*responses), form=PAIRWISE, mode="line", limit=1000
     )
@@ -392,6 +393,8 @@ def test_turns_of_every_role_are_messages_and_empty_ones_are_left_out(tmp_path):
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
         ("{% include 'own.j2' %}", "RecursionError"),
         ("{% include '../own.j2' %}", "TemplateNotFound"),
+        ("{% include '.env' %}", ".env: is neither .j2 nor .txt"),
+        ("{{ '%900000000d' % 1 }}", "SecurityError"),
         ("{% include 'none.j2' %}", "none.j2"),
         ("{{ nothing }}", "'nothing' is undefined"),
         ("{% if %}", "TemplateSyntaxError"),

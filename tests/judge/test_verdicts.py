@@ -9,7 +9,17 @@ from align.config import read_config
 from align.errors import JudgeError
 from align.judge.answers import OK, Reading
 from align.judge.settings import Asking
-from align.judge.verdicts import Answer, Group, beats, groups, questions, verdicts
+from align.judge.verdicts import (
+    Answer,
+    Group,
+    beats,
+    fitting,
+    groups,
+    questions,
+    verdicts,
+    with_dropped,
+    without,
+)
 from align.records import Comparison, Message, Prompt, Verdict
 from tests.test_config import composed
 
@@ -368,6 +378,39 @@ def test_neighbours_that_share_a_prompt_are_ranked_together(shipped):
     assert grouped(settings, *row) == [3, 1, 2]
     assert grouped(shipped, *row) == [1] * 6, "pairs stand alone"
     assert grouped(settings) == []
+
+
+def test_a_response_is_given_its_mark_once_and_a_failed_one_fails_only_its_own_pairs(shipped):
+    settings = replace(shipped, kind="scalar")
+    group = three((0, 1), (2, 1), (0, 2))
+    assert grouped(settings, *group.comparisons) == [3]
+    asked = questions(group, settings=settings)
+    assert [q.material.responses for q in asked] == [["zero"], ["one"], ["two"]]
+    found = verdicts(group, [hard("7"), hard("5"), bad("refusal")], settings=settings, judge="j")
+    assert [v.status for v in found] == ["ok", "refusal", "refusal"]
+    assert [v.tokens for v in found] == [30, 0, 0], "paid for once"
+    found = verdicts(group, [hard("7"), hard("5"), hard("6")], settings=settings, judge="j")
+    assert [(v.p_first, v.margin) for v in found] == [(1.0, 2), (1.0, 1), (1.0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("pairwise", [(0, 2)]), ("scalar", [(0, 2)]), ("listwise", [])]
+)
+def test_what_is_too_long_takes_only_its_own_pairs_along_but_a_whole_ranking(shipped, kind, kept):
+    settings = replace(shipped, kind=kind, on_overflow="drop", max_chars=100)
+    texts = ["short", "x" * 101, "brief"]
+    group = Group(
+        comparisons=tuple(
+            pair("p", a, b, first=texts[a], second=texts[b]) for a, b in ((0, 1), (0, 2), (2, 1))
+        )
+    )
+    fit = fitting(group, settings=settings)
+    assert [(c.first_index, c.second_index) for c in fit.comparisons] == kept
+    assert fitting(group, settings=replace(settings, on_overflow="truncate")) == group
+    told = [replace(without(c, status="failed", judge="j"), tokens=1) for c in fit.comparisons]
+    whole = with_dropped(group, fit, told, judge="j")
+    assert [(v.first, v.second) for v in whole] == [(0, 1), (0, 2), (2, 1)]
+    assert [v.status for v in whole] == ["overflow", "failed" if kept else "overflow", "overflow"]
 
 
 def test_another_text_under_a_known_number_is_another_ranking(shipped):

@@ -15,6 +15,7 @@ import pytest
 from align.agreement import Agreement
 from align.errors import ConfigError, DataError
 from align.judge.orders import over_both_orders
+from align.judge_commands.agreement import comparison
 from align.records import Comparison, Message, Prompt, Verdict
 from align.stages.agreement import (
     AgreementReport,
@@ -310,6 +311,27 @@ def test_the_surest_contradictions_come_first_and_then_those_of_most_people() ->
     report = measured(rows, [looked(r, *p) for r, p in zip(rows, looks, strict=True)])
     assert [row.id for row in report.differing] == ["2", "1", "0", "3"]
     assert report.differing[-1].judge == "tie"
+
+
+def test_a_judge_that_the_order_always_turns_is_told_so() -> None:
+    rows = [pair(0), pair(1)]
+    told = sentence(measured(rows, [looked(row, 1, 1) for row in rows]))
+    assert told.endswith("It decides 0.0% of pairs alike in both orders.")
+
+
+def test_a_range_goes_from_the_lowest_to_the_highest() -> None:
+    humans = [{"x": "first", "y": "first", "z": "second"}] * 19
+    humans.append({"x": "first", "y": "second", "z": "second"})
+    rows = [pair(i, human=human) for i, human in enumerate(humans)]
+    told = sentence(measured(rows, [looked(row, 1, 0) for row in rows]))
+    assert "on 0.0–100.0% of 20 pairs" in told
+
+
+def test_columns_that_nobody_named_are_the_prompts_meta(tmp_path) -> None:
+    row = {**ROWS[0], "reference": "the answer", "meta": {"level": 3}}
+    (found,) = read_pairs(written(tmp_path / "p.jsonl", [row]), COLUMNS)
+    assert found.meta == {"reference": "the answer", "level": 3}
+    assert comparison(found).prompt.meta["reference"] == "the answer"
 
 
 def test_no_pairs_are_an_error_and_pairs_without_verdicts_are_none(tmp_path) -> None:

@@ -41,6 +41,15 @@ def test_every_bad_row_is_named_by_file_and_line_and_the_rest_goes_on(tmp_path, 
     assert '"sampler" is a str' in bad[0]["why"] and '"tokens" is 5' in bad[2]["why"]
 
 
+def test_an_id_stands_for_one_row(tmp_path):
+    row = '{{"id": "{}", "prompt": "{}", "responses": ["a", "b"]}}'
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join(row.format(id, n) for n, id in enumerate(["q", "r", "q", "\\ud800"])))
+    good, bad = collected(path, tmp_path / "out")
+    assert [row["id"] for row in good] == ["q", "r", "\ud800"]
+    assert bad[0]["place"] == f"{path}:3" and "the id 'q' was used before" in bad[0]["why"]
+
+
 def test_a_file_without_any_candidates_is_an_error(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text("\n".join(BAD[:3]))

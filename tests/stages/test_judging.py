@@ -4,6 +4,7 @@ import pytest
 
 from align.errors import JudgeError
 from align.jsonl import dump_line
+from align.judge.verdicts import windows
 from align.records import Comparison, Prompt, Verdict
 from align.stages.judging import Missing, Said, judge_missing, whole_prompts
 from tests.judge.asking import openai_settings
@@ -43,6 +44,16 @@ def test_what_a_crash_left_of_a_prompt_is_judged_again(tmp_path, on_disk, whole)
     asked = comparisons(3)  # six pairs each
     written(tmp_path / "v", asked[:on_disk])
     assert whole_prompts(asked, tmp_path / "v") == whole
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "whole"), [(6, 0), (11, 0), (12, 12), (18, 12), (23, 12), (24, 24)]
+)
+def test_what_a_crash_left_of_a_window_is_judged_again_too(tmp_path, on_disk, whole):
+    asked = comparisons(4)
+    written(tmp_path / "v", asked[:on_disk])
+    assert whole_prompts(asked, tmp_path / "v", window=7) == whole
+    assert [len(w) for w in windows(asked, least=7)] == [12, 12]
 
 
 def test_comparisons_that_a_judge_passes_over_do_not_hold_a_prompt_back(tmp_path):

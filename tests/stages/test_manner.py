@@ -30,6 +30,11 @@ def test_ties_are_half_a_pick_and_decide_nothing_about_length():
     assert manner.metrics()["label/longer_wins"] == 1.0 and manner.longer_wins.n == 1
 
 
+def test_two_looks_at_one_pair_are_no_two_witnesses():
+    manner = seen(*[("x", "yy", (1.0, 1.0), 0.5, False)] * 7)
+    assert manner.first_pick.n == 7
+
+
 def test_what_was_not_seen_is_not_told():
     manner = seen(("x", "y", (), 1.0, True), ("x", "y", (), None, False))
     assert manner.metrics() == {} and manner.sentence() == ""
