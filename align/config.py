@@ -6,6 +6,7 @@ settings.py, or by `Settings` of the user's own `module`. Values come from YAML 
 lives once.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -21,7 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from align.algorithms.settings import PreferenceTraining
 from align.checks import check_choice, check_range
-from align.errors import ConfigError
+from align.errors import ConfigError, keyed
 from align.models.settings import Lora, Model
 from align.samplers.settings import Hf
 from align.sources.settings import Source
@@ -152,8 +153,12 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def build(cls: type[Any], node: Mapping[str, Any], prefix: str) -> Any:
-    """`cls` from a mapping: no key unknown, none missing, each value of its type."""
+def build(cls: type[Any], node: Mapping[str, Any], prefix: str, *, judge: bool = False) -> Any:
+    """`cls` from a mapping: no key unknown, none missing, each value of its type.
+
+    Args:
+        judge: whether it is one; they stand in several places.
+    """
     hints = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls)]
     for key in node:
@@ -166,14 +171,14 @@ def build(cls: type[Any], node: Mapping[str, Any], prefix: str) -> Any:
     if missing:
         raise ConfigError(f"{prefix}{missing[0]} has no value; type {prefix}{missing[0]}=VALUE")
     rooms = {f.name: f.metadata["room"] for f in dataclasses.fields(cls) if "room" in f.metadata}
-    return cls(
-        **{
-            key: nested(f"{prefix}{key}", rooms[key], node[key])
-            if key in rooms
-            else convert(f"{prefix}{key}", hints[key], node[key])
-            for key in known
-        }
-    )
+    values = {
+        key: nested(f"{prefix}{key}", rooms[key], node[key])
+        if key in rooms
+        else convert(f"{prefix}{key}", hints[key], node[key])
+        for key in known
+    }
+    with keyed(prefix.rstrip(".")) if judge else contextlib.nullcontext():
+        return cls(**values)
 
 
 def nested(key: str, room: str, node: Any) -> Any:
@@ -216,7 +221,12 @@ def build_named(key: str, room: str, hint: Any, node: Any) -> Any:
     name, module = node.get("name"), node.get("module")
     if name == "none":
         return None
-    return build(settings_class(room, str(name), module, key), node, f"{key}.")
+    judge = room == ROOMS["judge"]
+    made = build(settings_class(room, str(name), module, key), node, f"{key}.", judge=judge)
+    if judge:
+        with contextlib.suppress(AttributeError):  # of a class of the user's that has slots
+            object.__setattr__(made, "key", key)
+    return made
 
 
 def settings_class(room: str, name: str, module: str | None, key: str) -> type[Any]:

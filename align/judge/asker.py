@@ -28,6 +28,7 @@ POLLS = 25  # looks, before it is seen whether that process still lives
 HOPELESS = 20  # requests refused for what they hold, without one that was not: the set-up is wrong
 PATIENCE_S = 5.0  # a longer wait is told
 MOST_DOUBLINGS = 4  # of a refused request's own wait, since the pace slows down all of them
+UNSURE = (endpoint.GARBLED, endpoint.DOWN, endpoint.FILTERED)  # some of them are charged
 FINAL = (endpoint.ANSWERED, endpoint.OVERFLOWED, endpoint.FILTERED, endpoint.REJECTED)
 
 
@@ -72,6 +73,7 @@ class Asker:
         Raises:
             JudgeError: a cap is reached, the key is refused, or the endpoint is down for good.
         """
+        self.check()
         wanted = request(question, settings=self.settings, able=self.able, limit=limit)
         known = await self.known(wanted)
         return known if known is not None else await self.obtain(wanted)
@@ -272,8 +274,8 @@ class Asker:
 
     def batched(self) -> JudgeError:
         return JudgeError(
-            f"judge {self.settings.judge}: some of its questions are in a batch at the provider "
-            "and paid for; type judge.batch=true to take their answers in"
+            f"judge.batch=false: some of the questions to {self.settings.judge} are in a batch, "
+            "at the provider or on its way there; type judge.batch=true to take their answers in"
         )
 
     def learn(self, reply: Reply) -> None:
@@ -291,12 +293,21 @@ class Asker:
             self.pace.refused(reply.wait, now)
             self.refusing_since = self.refusing_since or now
             self.give_up(now - self.refusing_since, reply)
+            if reply.wait is not None and reply.wait > self.settings.give_up_after_s:
+                self.halt(self.too_long(reply.wait))
         elif reply.kind in FINAL:
             self.breaker.good()
         elif reply.kind != endpoint.STOP:
             if self.breaker.bad(now):
                 self.tell(f"{self.endpoint.url} fails ({reply.why}); waiting before the next try")
             self.give_up(self.breaker.down_for(now), reply)
+
+    def too_long(self, wait: float) -> JudgeError:
+        return JudgeError(
+            f"judge.base_url={self.endpoint.url}: asks to be left alone for {wait:,.0f} s (a daily "
+            "quota?), longer than judge.give_up_after_s; nothing is lost, type the same command "
+            "then"
+        )
 
     def give_up(self, seconds: float, reply: Reply) -> None:
         """Stops the run when no request has succeeded for too long."""
@@ -354,11 +365,12 @@ class Asker:
 
     def ending(self, reply: Reply, *, reserve: int) -> dict[str, Any]:
         """What `ledger.finish` is told about a reply. An answer costs what the endpoint counted;
-        what was refused cost nothing; what broke, or was not counted, may have cost the worst.
+        what was refused cost nothing; what broke, was filtered, or not counted, may have cost the
+        worst.
         """
         answered = reply.kind == endpoint.ANSWERED
         counted = usage(reply.body) if answered else None
-        free = not answered and reply.kind not in (endpoint.GARBLED, endpoint.DOWN)
+        free = not answered and reply.kind not in UNSURE
         cost = 0 if free else None
         if counted:
             cost = self.price.cost(prompt=counted.prompt, completion=counted.completion)

@@ -8,7 +8,7 @@ asked live.
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from align.errors import JudgeError
 from align.interrupt import deferred
@@ -24,6 +24,7 @@ from align.records import Comparison
 ROUNDS = 3
 FEW, FEW_SHARE = 100, 0.01  # so few are not worth another day
 SMALLEST = 10  # requests; a provider that has no room for so many has none
+HELD = 64  # shards under way at once
 SLICE_S = 0.2
 
 
@@ -39,21 +40,28 @@ async def answer_in_batches(comparisons: Iterable[Comparison], *, asker: Asker) 
     """
     run = Run(comparisons, asker=asker)
     with interruptible(run):
-        rounds = 0
-        while rounds < ROUNDS:
-            found = await run.scan()
-            if not found.waiting:
-                if found.capped:
-                    raise asker.halt(asker.capped(found.capped))
-                return
-            try:
-                await run.tend(found)
-            except Full as error:
-                run.halve(str(error))
-                continue
-            if not run.worth_more(found):
-                return
-            rounds += not found.capped  # a cap has room again: less was spent than feared
+        await rounds(run)
+        run.check()
+
+
+async def rounds(run: "Run") -> None:
+    """Round after round, as long as another one is worth its day."""
+    left = ROUNDS
+    while left:
+        found = await run.scan()
+        if not found.waiting:
+            if found.capped:
+                raise run.asker.halt(run.asker.capped(found.capped))
+            return
+        try:
+            await run.tend(found)
+        except Full as error:
+            run.halve(str(error))
+            continue
+        if not run.worth_more(found):
+            return
+        # Where a cap held something back, the answers that came have made room for it.
+        left -= not (found.capped and run.answered)
 
 
 class Run:
@@ -65,6 +73,8 @@ class Run:
         self.since = time.time()
         self.most = shards.MOST_REQUESTS
         self.tending: Tending | None = None
+        self.again = 0.0
+        self.answered = 0
         self.stopped = False
 
     async def scan(self) -> Scan:
@@ -74,15 +84,32 @@ class Run:
         ).scan()  # fmt: skip
 
     async def tend(self, found: Scan) -> None:
-        self.tending = Tending(found.waiting, fresh=found.fresh, asker=self.asker, api=self.api)
-        await self.tending.tend()
+        """Sees all shards through, `HELD` of them at a time, for each keeps a file open.
+
+        Raises:
+            Full: the provider has no room for shards so large; none is left that was not submitted.
+        """
+        waiting, self.again, self.answered = list(found.waiting), 0.0, 0
+        while waiting:
+            some, waiting = waiting[:HELD], waiting[HELD:]
+            self.tending = self.tending_of(some, found)
+            try:
+                await self.tending.tend()
+            except BaseException:
+                for start in range(0, len(waiting), HELD):
+                    await self.tending_of(waiting[start : start + HELD], found).withdraw()
+                raise
+            self.again += self.tending.again
+            self.answered += self.tending.answered
+
+    def tending_of(self, owners: Sequence[str], found: Scan) -> Tending:
+        return Tending(owners, fresh=found.fresh, asker=self.asker, api=self.api)
 
     def worth_more(self, found: Scan) -> bool:
         """Whether what is left is enough for another round of batches."""
-        assert self.tending is not None
         if found.capped:
             return found.written > FEW or len(found.waiting) > len(found.fresh)
-        return self.tending.again > max(FEW, FEW_SHARE * found.seen)
+        return self.again > max(FEW, FEW_SHARE * found.seen)
 
     def halve(self, why: str) -> None:
         """Makes the shards smaller that the provider had no room for.

@@ -145,6 +145,7 @@ def begin(
     if caps.attempts is not None and attempts >= caps.attempts:
         return Begun(outcome="requests")
     if caps.nano_usd is not None and spent + reserved + uncertain + reserve > caps.nano_usd:
+        close_what_died(db, owner)  # nobody settles that any more
         return Begun(outcome="budget", under_way=soon_settled(db, identity))
     db.execute("INSERT OR IGNORE INTO request VALUES (?, ?, ?)", (key, identity, mode))
     cursor = db.execute(
@@ -184,12 +185,20 @@ def finish(
     key: bytes = b"",
     judgment: Judgment | None = None,
 ) -> None:
-    """Closes an attempt with what came of it, its price, and its judgment where it has one.
+    """Closes an attempt with what came of it, its price, and its judgment where it has one; also
+    one that was given up meanwhile.
 
     Args:
         status: "answered", or in words what went wrong.
         cost: in nano-dollars; None where it is not known, `reserved` then counts.
     """
+    query = "SELECT finished IS NOT NULL FROM attempt WHERE id = ?"
+    if db.execute(query, (attempt,)).fetchone()[0]:
+        db.execute(
+            "UPDATE judge SET reserved = reserved + ?, uncertain = uncertain - ? "
+            "WHERE identity = ?",
+            (reserved, reserved, identity),
+        )
     db.execute(
         "UPDATE attempt SET finished = ?, status = ?, http = ?, raw = ?, prompt_tokens = ?, "
         "completion_tokens = ?, cost = ? WHERE id = ?",

@@ -26,7 +26,8 @@ FAILED = "failed"  # an error without a status
 UNTOUCHED = ("expired", "cancelled", "failed")  # what they did not answer, they did not begin
 # What a second batch would not mend; the live path asks these again, and tells what is wrong.
 PERMANENT = (
-    endpoint.ANSWERED, endpoint.GARBLED, endpoint.OVERFLOWED, endpoint.REJECTED, endpoint.STOP,
+    endpoint.ANSWERED, endpoint.GARBLED, endpoint.OVERFLOWED, endpoint.FILTERED, endpoint.REJECTED,
+    endpoint.STOP,
 )  # fmt: skip
 
 
@@ -161,10 +162,10 @@ def put(
             continue
         kind = line.reply.kind
         ending = asker.ending(line.reply, reserve=reserved)
-        if kind not in (endpoint.ANSWERED, endpoint.GARBLED):
+        if kind == endpoint.DOWN:  # of a batch, the provider says so itself
             ending["cost"] = 0
-        overflow = kind == endpoint.OVERFLOWED
-        judgment = asker.unasked(line.reply, attempt=attempt) if overflow else None
+        final = kind in (endpoint.OVERFLOWED, endpoint.FILTERED)
+        judgment = asker.unasked(line.reply, attempt=attempt) if final else None
         finish(db, attempt, **ending, key=line.key, judgment=judgment)
         counts.answered += kind == endpoint.ANSWERED
         counts.again += kind not in PERMANENT

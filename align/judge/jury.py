@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 from align.checks import check_file, check_range
 from align.errors import ConfigError, JudgeError
 from align.judge import local
+from align.judge.ask import verdicts_of
 from align.judge.settings import Jury
 from align.judge.verdicts import Group, without
-from align.named import named_module
 from align.records import OK, TIE, Comparison, Verdict
 
 WINDOW = local.WINDOW  # for the members among which there is one
@@ -49,11 +49,10 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Jury) -> Async
     async with contextlib.AsyncExitStack() as stack:
         members = []
         for (name, _), shown in zip(weights.items(), asked[1:], strict=True):
-            judge = settings.members[name]
-            module = named_module("align.judge", judge.name, judge.module)
-            stream = aiter(module.compare(shown, settings=judge))
-            stack.push_async_callback(closed, stream)
-            members.append(Member(name, stream))
+            stream = verdicts_of(shown, settings=settings.members[name])
+            members.append(
+                Member(name, await stack.enter_async_context(contextlib.aclosing(stream)))
+            )
         for comparison in asked[0]:
             found = await side_by_side([member.on(comparison) for member in members])
             votes = dict(zip(weights, found, strict=True))
@@ -80,9 +79,22 @@ class Bench:
     weights: Mapping[str, float]
     seats: Sequence[Any]
 
+    def halt(self, error: JudgeError) -> None:
+        """Begins nothing new at any seat."""
+        for seat in self.seats:
+            if hasattr(seat, "halt"):
+                seat.halt(error)
+
     async def settle(self, group: Group) -> list[Verdict]:
-        """One verdict a comparison."""
-        found = await side_by_side([seat.settle(group) for seat in self.seats])
+        """One verdict a comparison. Each seat is waited for, even when another one failed: what is
+        under way is paid for.
+        """
+        found: list[list[Verdict]] = []
+        settled = (seat.settle(group) for seat in self.seats)
+        for verdicts in await asyncio.gather(*settled, return_exceptions=True):
+            if isinstance(verdicts, BaseException):
+                raise verdicts
+            found.append(verdicts)
         return [
             combined(
                 comparison,
@@ -150,12 +162,6 @@ async def side_by_side(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def closed(stream: AsyncIterator[Verdict]) -> None:
-    """Ends a stream before its end, where it can be ended."""
-    if hasattr(stream, "aclose"):
-        await stream.aclose()
 
 
 def combined(

@@ -187,11 +187,11 @@ class Ledger:
         return Spending(attempts=attempts, spent=spent, reserved=reserved, uncertain=uncertain)
 
     def seconds_per_request(self, identity: str) -> float | None:
-        """Median time of this judge's latest answers, None before there are any."""
+        """Median time of this judge's latest live answers, None before there are any."""
         rows = self.rows(
             "SELECT finished - started FROM attempt JOIN request USING (key) WHERE identity = ? "
-            "AND attempt.status = ? ORDER BY id DESC LIMIT 200",
-            identity, ANSWERED,
+            "AND attempt.status = ? AND substr(owner, 1, ?) != ? ORDER BY id DESC LIMIT 200",
+            identity, ANSWERED, len(BATCH), BATCH,
         )  # fmt: skip
         return sorted(row[0] for row in rows)[len(rows) // 2] if rows else None
 

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from align.errors import ConfigError, DataError
+from align.errors import ConfigError, DataError, keyed
 from align.judge.answers import OK, Reading
+from align.judge.ask import key_of
 from align.judge.forms import Form
 from align.judge.prompts import Template, one_message
 from align.judge.settings import Local
@@ -55,7 +56,9 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Local) -> Asyn
 @contextlib.asynccontextmanager
 async def opened(settings: Local) -> AsyncIterator["Bench"]:
     """The judge with its model in memory, for as long as it is needed."""
-    yield await apart(partial(load, settings))
+    with keyed(key_of(settings)):
+        bench = await apart(partial(load, settings))
+    yield bench
 
 
 async def apart(work: Callable[[], T]) -> T:

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import functools
 import operator
+import resource
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.errors import JudgeError
+from align.errors import JudgeError, keyed
 from align.interrupt import deferred
+from align.judge.ask import key_of, verdicts_of
 from align.judge.asker import Asker
 from align.judge.endpoint import Endpoint
 from align.judge.entries import Job
@@ -37,6 +39,7 @@ from align.notice import notice
 from align.records import OK, TIE, Comparison, Verdict
 
 WINDOW = 20_000  # comparisons that may be settled while an older one is still being asked
+FILES = 200  # beside the connections: the ledger, batches, what the libraries keep open
 HALVINGS = 4  # of the longest text, before what does not fit is given up
 SIGN_OF_LIFE_S = 1.0
 
@@ -76,20 +79,26 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Openai) -> Asy
 @contextlib.asynccontextmanager
 async def opened(settings: Openai) -> AsyncIterator["Bench"]:
     """The judge with its ledger and its endpoint, for as long as it is needed."""
-    price = price_of(settings, live=True)
-    endpoint = Endpoint(
-        settings.base_url,
-        api_key_env=settings.api_key_env,
-        timeout_s=settings.timeout_s,
-        connections=settings.concurrency,
-    )
+    key = key_of(settings)
+    with keyed(key):
+        price = price_of(settings, live=True)
+        open_files(settings.concurrency)
+        endpoint = Endpoint(
+            settings.base_url,
+            api_key_env=settings.api_key_env,
+            timeout_s=settings.timeout_s,
+            connections=settings.concurrency,
+        )
     if (warning := endpoint.warning()) is not None:
         notice(warning)
     try:
-        with Ledger.open(Path(settings.ledger)) as ledger:
+        with keyed(key):
+            held = Ledger.open(Path(settings.ledger))
+        with held as ledger:
             asker = Asker(settings, ledger, endpoint, price, Capability.assumed(settings))
             try:
-                asker.able = await capability(asker)
+                with keyed(key):
+                    asker.able = await capability(asker)
                 async with contextlib.AsyncExitStack() as stack:
                     other = None
                     if settings.escalate is not None:
@@ -101,6 +110,24 @@ async def opened(settings: Openai) -> AsyncIterator["Bench"]:
         await endpoint.close()
 
 
+def open_files(connections: int) -> None:
+    """Has the system let this process open so many connections, and the files that it needs beside.
+
+    Raises:
+        JudgeError: it does not.
+    """
+    needed = connections + FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft in (resource.RLIM_INFINITY, -1) or soft >= needed:
+        return
+    if hard not in (resource.RLIM_INFINITY, -1) and hard < needed:
+        raise JudgeError(
+            f"judge.concurrency={connections}: this process may open {hard} files, and needs "
+            f"{needed}; type judge.concurrency={max(1, hard - FILES)}, or ulimit -Hn for more"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 @contextlib.asynccontextmanager
 async def another(settings: Any) -> AsyncIterator["Bench | Plain"]:
     """A second judge, opened once where it can be."""
@@ -109,18 +136,17 @@ async def another(settings: Any) -> AsyncIterator["Bench | Plain"]:
         async with module.opened(settings) as bench:
             yield bench
     else:
-        yield Plain(module=module, settings=settings)
+        yield Plain(settings=settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plain:
     """Any judge, asked one comparison at a time."""
 
-    module: Any
     settings: Any
 
     async def settle(self, group: Group) -> list[Verdict]:
-        return [v async for v in self.module.compare(group.comparisons, settings=self.settings)]
+        return [v async for v in verdicts_of(group.comparisons, settings=self.settings)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +167,8 @@ class Bench:
         kept = fitting(group, settings=settings)
         found: list[Verdict] = []
         if kept.comparisons:
-            answers = await self.answers(kept)
+            with keyed(key_of(settings)):
+                answers = await self.answers(kept)
             found = verdicts(kept, answers, settings=settings, judge=settings.judge)
         if self.escalation is not None:
             found = [

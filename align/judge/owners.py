@@ -130,8 +130,10 @@ class Owner:
                 path.unlink(missing_ok=True)
         except BlockingIOError:
             return True
-        except OSError:  # its file is gone with it
+        except FileNotFoundError:  # gone with it
             return False
+        except OSError:  # too many files are open, for instance: nobody can tell
+            return True
         return False
 
     def release(self) -> None:

@@ -155,6 +155,11 @@ async def tried(asker: Asker, question: Question, able: Capability) -> Attempt:
         attempt = await asker.persist(wanted)
     if attempt.reply.kind in (endpoint.ANSWERED, endpoint.REJECTED):
         return attempt
+    if attempt.reply.kind in (endpoint.OVERFLOWED, endpoint.FILTERED):
+        raise JudgeError(
+            f"judge.model={settings.model}: takes not even a short example ({attempt.reply.why}); "
+            "type a smaller judge.max_tokens, or give the server a longer window"
+        )
     raise JudgeError(
         f"judge.base_url={asker.endpoint.url}: does not answer ({attempt.reply.why}); check the "
         "address, and that the server runs"

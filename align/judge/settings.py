@@ -1,6 +1,6 @@
 """Settings of the judges; values and comments are in conf/judge/."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,13 @@ FAILURES = tuple(status for status in STATUSES if status not in (OK, TIE))
 def called(settings: Any) -> str | None:
     """What a judge is called where people read it; None for no judge."""
     return getattr(settings, "judge", None) or getattr(settings, "name", None)
+
+
+def in_batches(settings: Any) -> Iterator[bool]:
+    """Whether a judge, or one of its members, asks through a provider's Batch API."""
+    yield getattr(settings, "batch", False)
+    for member in (getattr(settings, "members", None) or {}).values():
+        yield from in_batches(member)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +96,11 @@ class Asking:
         if self.criteria and self.kind == "listwise":
             raise ConfigError(
                 "judge.criteria: a ranking has none; type judge.kind=pairwise or judge.kind=scalar"
+            )
+        if any(in_batches(self.escalate)):
+            raise ConfigError(
+                "judge.escalate.batch=true: what is escalated is asked one by one, and live; type "
+                "judge.escalate.batch=false"
             )
         if (self.on_disagreement == "escalate") != (self.escalate is not None):
             raise ConfigError(

@@ -64,7 +64,7 @@ class Tending:
     """Example: `await Tending(found.waiting, fresh=found.fresh, asker=asker, api=api).tend()`.
 
     Attributes:
-        again: how many requests another batch may answer.
+        again: how many requests another batch may answer; `answered`: how many one did.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Tending:
         ]
         self.full = False
         self.again = 0.0
+        self.answered = 0
 
     async def tend(self) -> None:
         """Submits the shards and takes in what comes back.
@@ -98,6 +99,13 @@ class Tending:
                     await self.api.pause(self.asker.settings.batch_poll_s)
         finally:
             await self.leave()
+
+    async def withdraw(self) -> None:
+        """Lets those of this process go that were never submitted."""
+        for shard in self.shards:
+            if shard.fresh:
+                self.hold(shard)
+        await self.leave()
 
     def hold(self, shard: Shard) -> None:
         """Takes hold of a shard, unless another process has it."""
@@ -203,6 +211,7 @@ class Tending:
         )
         shard.done, self.full = True, False
         self.again += counts.again
+        self.answered += counts.answered
         if batch.status == "failed" and not counts.answered:
             raise self.failed(batch)
 

@@ -1,6 +1,7 @@
 """`python -m align.judge canaries judge=NAME`: whether responses can talk to the judge."""
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from align.artifacts import write_json
 from align.command import composed
 from align.config import build, resolved
 from align.errors import ConfigError
+from align.judge.ask import verdicts_of
 from align.judge.canaries import Canary, CanaryReport, Outcome, canaries, report
-from align.named import named_module
 from align.progress import progress_bar
 from align.records import Verdict
 
@@ -51,13 +52,13 @@ def job(tree: DictConfig) -> None:
 
 
 async def verdicts(asked: list[Canary], judge: Any) -> list[Verdict]:
-    module = named_module("align.judge", judge.name, judge.module)
     comparisons = [canary.comparison for canary in asked]
     found = []
     with progress_bar("canaries", len(asked), unit="comparisons") as advance:
-        async for verdict in module.compare(comparisons, settings=judge):
-            found.append(verdict)
-            advance(1, 1)
+        async with contextlib.aclosing(verdicts_of(comparisons, settings=judge)) as said:
+            async for verdict in said:
+                found.append(verdict)
+                advance(1, 1)
     return found
 
 

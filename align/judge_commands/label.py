@@ -206,10 +206,13 @@ def summed(found: "list[tuple[Payee, Estimate]]") -> list[str]:
 def told_estimate(judge: Openai, found: "Estimate") -> str:
     """An estimate as people read it."""
     price = found.price
+    time = (
+        f"about {told_time(found.seconds)}, at {found.latency:.1f} s a request ({found.basis}) "
+        f"and {judge.concurrency} at a time"
+    )
     return f"""\
 {found.comparisons:,} comparisons, {found.requests:,} requests ({found.known:,} answered already)
 about {found.tokens_in:,} tokens to read and {found.tokens_out:,} to write
 about ${usd(found.cost):,.2f}, at worst ${usd(found.worst):,.2f} \
 (${price.read:g} and ${price.written:g} per million tokens)
-about {told_time(found.seconds)}, at {found.latency:.1f} s a request ({found.basis}) \
-and {judge.concurrency} at a time"""
+{"within a day a batch" if judge.batch else time}"""

@@ -89,8 +89,7 @@ def told(judge: JudgeSeen) -> str:
     if judge.uncertain:
         lines.append(
             f"  possibly billed  ${usd(judge.uncertain):,.4f} at worst, for {judge.unsure:,} "
-            "attempts "
-            "that were cut off or broke"
+            "attempts that were cut off, broke or were filtered"
         )
     if judge.reserved:
         lines.append(f"  under way        ${usd(judge.reserved):,.4f} at worst")

@@ -3,6 +3,7 @@ asked for twice.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,6 +12,7 @@ from typing import Any
 
 from align.errors import JudgeError
 from align.jsonl import JsonlAppender, read_records, repair, truncate_lines
+from align.judge.ask import verdicts_of
 from align.named import named_module
 from align.progress import progress_bar
 from align.records import OK, TIE, Comparison, Verdict
@@ -137,19 +139,19 @@ async def append(
     advance: Callable[..., None],
 ) -> None:
     """Asks and writes in blocks; what was answered before an error is written too."""
-    module = named_module("align.judge", judge.name, judge.module)
     order = InOrder(asked=iter(comparisons), judge=judge)
     block: list[Verdict] = []
     failed, cost = 0, 0.0
     try:
-        async for verdict in module.compare(comparisons, settings=judge):
-            order.check(verdict)
-            block.append(verdict)
-            failed, cost = failed + (verdict.status not in (OK, TIE)), cost + verdict.cost
-            advance(1, 1, note(failed, cost))
-            if len(block) == BLOCK:
-                appender.append(v.to_json() for v in block)
-                block = []
+        async with contextlib.aclosing(verdicts_of(comparisons, settings=judge)) as found:
+            async for verdict in found:
+                order.check(verdict)
+                block.append(verdict)
+                failed, cost = failed + (verdict.status not in (OK, TIE)), cost + verdict.cost
+                advance(1, 1, note(failed, cost))
+                if len(block) == BLOCK:
+                    appender.append(v.to_json() for v in block)
+                    block = []
     finally:
         appender.append(v.to_json() for v in block)
 
