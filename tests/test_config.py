@@ -96,6 +96,20 @@ def test_every_key_has_a_comment_in_its_file(path):
             "judge=null",
             "judge=null: judge is a group and wants a name; type judge=NAME (jury, ",
         ),
+        (
+            "judge@evaluate.judge=openai evaluate.judge.model=o3 evaluate.judge.samples=0",
+            "evaluate.judge.samples=0: must be",
+        ),
+        (
+            "judge=openai judge.model=o3 +judge@judge.escalate=openai "
+            "judge.on_disagreement=escalate judge.escalate.model=o3 judge.escalate.batch=true",
+            "type judge.escalate.batch=false",
+        ),
+        (
+            "judge=jury +judge@judge.members.a=local +judge@judge.members.b=openai "
+            "judge.members.a.model.name=x judge.members.b.model=o3 judge.members.b.prompt=nope",
+            "judge.members.b.prompt=nope: neither one of",
+        ),
         ("evaluate.judge=openai", "type judge@evaluate.judge=NAME with a file of conf/judge/"),
         ("model=hf", "model.name has no value; type model.name=VALUE"),
         ("data=preferences", "data=preferences: no file to read; type data.path=FILE"),
@@ -118,7 +132,7 @@ def test_every_key_has_a_comment_in_its_file(path):
 )
 def test_a_mistake_is_one_line_without_torch(override, says, tmp_path):
     recipe = [] if override.startswith("recipe") else ["recipe=dpo"]
-    answer = run(*recipe, override, f"workspace={tmp_path}")
+    answer = run(*recipe, *override.split(), f"workspace={tmp_path}")
     lines = said(answer)
     assert answer.returncode == 1
     assert len(lines) == 1, lines

@@ -24,7 +24,7 @@ from align.records import Comparison
 ROUNDS = 3
 FEW, FEW_SHARE = 100, 0.01  # so few are not worth another day
 SMALLEST = 10  # requests; a provider that has no room for so many has none
-HELD = 64  # shards under way at once
+HELD = 32  # shards under way at once
 SLICE_S = 0.2
 
 

@@ -39,7 +39,7 @@ from align.notice import notice
 from align.records import OK, TIE, Comparison, Verdict
 
 WINDOW = 20_000  # comparisons that may be settled while an older one is still being asked
-FILES = 200  # beside the connections: the ledger, batches, what the libraries keep open
+FILES = 100  # beside the connections: the ledger, batches, what the libraries keep open
 HALVINGS = 4  # of the longest text, before what does not fit is given up
 SIGN_OF_LIFE_S = 1.0
 
@@ -123,7 +123,8 @@ def open_files(connections: int) -> None:
     if hard not in (resource.RLIM_INFINITY, -1) and hard < needed:
         raise JudgeError(
             f"judge.concurrency={connections}: this process may open {hard} files, and needs "
-            f"{needed}; type judge.concurrency={max(1, hard - FILES)}, or ulimit -Hn for more"
+            f"{needed}; type judge.concurrency={max(1, hard - FILES)}, or have the limit raised "
+            f"(ulimit -Hn {needed})"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 

@@ -4,10 +4,13 @@ key reaches no file, and what cannot work is one line.
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import json
 import socket
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +20,16 @@ from hydra import compose, initialize_config_dir
 
 from align.config import CONF, plain, read_config
 from align.errors import ConfigError, JudgeError
+from align.jsonl import JsonlAppender
 from align.judge.endpoint import Endpoint, check_url, find_key
 from align.judge.ledger import Ledger
 from align.judge.ledger_view import look
+from align.judge.openai import opened
+from align.judge.verdicts import Group
 from align.records import OK, TIE, Comparison, Prompt, Verdict
+from align.stages import judging
 from tests.judge.asking import judge_all, longer, openai_settings, pairs
-from tests.judge.fake_server import FakeServer
+from tests.judge.fake_server import REPOSITORY, FakeServer
 
 
 def right(comparisons, verdicts) -> bool:
@@ -83,6 +90,104 @@ def test_what_the_orders_disagree_on_goes_to_another_judge(tmp_path):
     assert not any(v.consistent for v in found)
     assert all(look > 0.5 for v in found for look in v.looks)
     assert [j.identity for j in look(tmp_path / "l.sqlite").judges] == ["large", "small"]
+
+
+def test_a_seat_that_stops_cuts_off_no_answer_of_the_others(tmp_path):
+    with (
+        FakeServer(tmp_path, answer="first") as biased,
+        FakeServer(tmp_path) as quick,
+        FakeServer(tmp_path, latency=0.7) as slow,
+    ):
+        seats = {"q": quick, "s": slow}
+        overrides = [
+            "recipe=dpo", "judge=openai", "+judge@judge.escalate=jury",
+            "judge.on_disagreement=escalate", "judge.model=m", "judge.price_in=1",
+            "judge.price_out=1", f"judge.base_url={biased.url}",
+            f"judge.ledger={tmp_path}/l.sqlite",
+            *(f"+judge@judge.escalate.members.{name}=openai" for name in seats),
+            "judge.escalate.members.q.max_requests=7",
+        ]  # fmt: skip
+        for name, server in seats.items():
+            at = f"judge.escalate.members.{name}."
+            overrides += [
+                f"{at}model={name}", f"{at}base_url={server.url}", f"{at}price_in=1",
+                f"{at}price_out=1", f"{at}ledger={tmp_path}/l.sqlite",
+            ]  # fmt: skip
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            settings = read_config(plain(compose("config", overrides))).judge
+        with pytest.raises(
+            JudgeError, match=r"raise judge\.escalate\.members\.q\.max_requests and"
+        ):
+            judge_all(pairs(10), settings)
+        assert slow.stats()["aborted"] == 0
+    with Ledger.open(tmp_path / "l.sqlite") as ledger:
+        assert ledger.spending("s").uncertain == ledger.spending("s").reserved == 0
+
+
+def test_a_reader_that_fails_cuts_off_no_answer(tmp_path, monkeypatch):
+    def full(self, records):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(judging, "BLOCK", 4)
+    monkeypatch.setattr(JsonlAppender, "append", full)
+    with FakeServer(tmp_path, latency=0.5) as server:
+        settings = openai_settings(tmp_path, server.url)
+        with pytest.raises(OSError, match="No space left"):
+            judging.judge_missing(
+                lambda: pairs(60), judge=settings, path=tmp_path / "v.jsonl", title=""
+            )
+        assert server.stats()["aborted"] == 0
+    with Ledger.open(Path(settings.ledger)) as ledger:
+        assert ledger.spending("fake").uncertain == 0
+
+
+def test_ctrl_c_stops_the_reading_of_known_answers_too(tmp_path):
+    async def halted(settings):
+        async with opened(settings) as bench:
+            bench.halt(JudgeError("interrupted"))
+            await bench.settle(Group(comparisons=(pairs(1)[0],)))
+
+    with FakeServer(tmp_path) as server:
+        settings = openai_settings(tmp_path, server.url)
+        judge_all(pairs(1), settings)
+        with pytest.raises(JudgeError, match="interrupted"):
+            asyncio.run(halted(settings))
+
+
+def test_a_long_pause_ends_the_run_rather_than_be_slept_through(tmp_path):
+    with FakeServer(tmp_path) as server:
+        settings = openai_settings(tmp_path, server.url, give_up_after_s=200)
+        judge_all(pairs(1), settings)
+        server.plan(faults={"429_long": 1.0})
+        with pytest.raises(JudgeError, match="to be left alone for 300 s"):
+            judge_all(pairs(4), settings)
+
+
+def test_more_connections_than_files_are_refused_and_the_soft_limit_is_no_obstacle(tmp_path):
+    program = """
+import resource, sys
+from align.judge.openai import open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 500))
+open_files(300)
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+try:
+    open_files(4096)
+except Exception as error:
+    print(error)
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert told.stdout.splitlines()[0] == "400", told.stderr
+    assert "judge.concurrency=4096: this process may open 500 files" in told.stdout
+    assert "type judge.concurrency=400" in told.stdout
+
+
+def test_a_server_that_takes_no_example_is_not_said_to_be_away(tmp_path):
+    with FakeServer(tmp_path, context_chars=1) as server:
+        settings = openai_settings(tmp_path, server.url)
+        with pytest.raises(JudgeError, match="takes not even a short example"):
+            judge_all(pairs(1), settings)
 
 
 @pytest.mark.parametrize(

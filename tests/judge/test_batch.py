@@ -9,20 +9,23 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from align.errors import JudgeError
-from align.judge import batch, batch_api, endpoint, intake, openai, shards
+from align.judge import batch, batch_api, endpoint, intake, openai, shards, tending
 from align.judge.asker import Asker
 from align.judge.batch import answer_in_batches
 from align.judge.endpoint import Endpoint
+from align.judge.estimate import estimate
 from align.judge.ledger import Ledger
 from align.judge.prices import price_of
 from align.judge.request import Capability
 from align.judge.settings import Openai
+from align.judge_commands.label import told_estimate
 from align.records import Comparison, Message, Prompt, Verdict
 from tests.judge.fake_server import FakeServer
 
@@ -133,6 +136,103 @@ def test_batches_give_the_verdicts_of_the_live_judge_at_half_the_cost(
     assert [2 * v.cost for v in cheap] == pytest.approx([v.cost for v in dear], abs=1e-8)
     looks = "SELECT key, status, answer FROM judgment ORDER BY key"
     assert rows(tmp_path / "batch.sqlite", looks) == rows(tmp_path / "live.sqlite", looks)
+
+
+def test_a_dry_run_promises_no_seconds(server: FakeServer, tmp_path: Path) -> None:
+    settings = settings_of(server, tmp_path / "l.sqlite")
+    found = estimate(pairs(2), settings=settings)
+    assert told_estimate(settings, found).endswith("within a day a batch")
+    live = replace(settings, batch=False)
+    assert "64 at a time" in told_estimate(replace(live, concurrency=64), found)
+
+
+def test_shards_are_seen_through_a_few_at_a_time(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A provider with little room halves them until there are thousands; each keeps a file open."""
+    monkeypatch.setattr(batch, "HELD", 2)
+    monkeypatch.setattr(shards, "MOST_REQUESTS", 2)
+    real, most = shards.lock, [0]
+
+    def counted(path: Path) -> Any:
+        held = len([name for name in os.listdir("/proc/self/fd") if "-batches" in target(name)])
+        most[0] = max(most[0], held + 1)
+        return real(path)
+
+    monkeypatch.setattr(shards, "lock", counted)
+    batched(pairs(6), settings_of(server, tmp_path / "l.sqlite"))
+    assert len(on_server(server)) == 6 and statuses(tmp_path / "l.sqlite") == {"answered": 12}
+    assert most[0] == 2 and left(tmp_path / "l.sqlite") == []
+
+
+def target(descriptor: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except FileNotFoundError:
+        return ""
+
+
+def test_what_was_never_submitted_is_withdrawn_when_an_earlier_shard_stops_the_run(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "HELD", 2)
+    monkeypatch.setattr(shards, "MOST_REQUESTS", 2)
+    server.plan(batch_status="failed")
+    with pytest.raises(JudgeError, match="has no room for 2 requests"):
+        batched(pairs(6), settings_of(server, tmp_path / "l.sqlite"))
+    assert statuses(tmp_path / "l.sqlite") == {} and left(tmp_path / "l.sqlite") == []
+    assert rows(tmp_path / "l.sqlite", "SELECT * FROM batch") == []
+
+
+def test_a_provider_that_answers_nothing_ends_the_rounds_under_a_cap_too(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    server.plan(batch_expire=1.0)
+    batched(pairs(150), settings_of(server, tmp_path / "l.sqlite", budget_usd=0.06))
+    assert len(on_server(server)) == batch.ROUNDS
+
+
+def test_ctrl_c_while_the_last_batch_is_taken_in_stops_before_the_live_requests(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tending.take_in
+
+    async def take_in(*given: Any, **named: Any) -> Any:
+        counts = await real(*given, **named)
+        found.stop()
+        return counts
+
+    class Watched(batch.Run):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            nonlocal found
+            super().__init__(*given, **named)
+            found = self
+
+    found: Any = None
+    monkeypatch.setattr(tending, "take_in", take_in)
+    monkeypatch.setattr(batch, "Run", Watched)
+    server.plan(batch_expire=0.3)
+    with pytest.raises(JudgeError, match="interrupted"):
+        judged(pairs(20), settings_of(server, tmp_path / "l.sqlite"))
+    assert server.stats()["answered"] == 1  # the probe alone
+    assert rows(tmp_path / "l.sqlite", "SELECT DISTINCT status FROM batch") == [("taken",)]
+
+
+@pytest.mark.parametrize(
+    ("code", "cost", "status"),
+    [("content_filter", None, "refusal"), ("context_length_exceeded", 0, "overflow")],
+)
+def test_what_a_filter_held_may_be_charged_and_is_not_batched_again(
+    server: FakeServer, tmp_path: Path, code: str, cost: int | None, status: str
+) -> None:
+    """Azure charges for prompts that its filter refuses with 400; too long ones cost nothing."""
+    settings = settings_of(server, tmp_path / "l.sqlite")
+    asker = batched(pairs(0), settings)
+    body = {"error": {"message": "no", "code": code}}
+    reply = intake.answered({"status_code": 400, "body": body}, asker.endpoint)
+    assert asker.ending(reply, reserve=7)["cost"] == cost
+    assert reply.kind in intake.PERMANENT
+    assert asker.unasked(reply, attempt=1).status == status
 
 
 def test_a_finished_run_asks_nothing_again(server: FakeServer, tmp_path: Path) -> None:

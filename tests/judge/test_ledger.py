@@ -3,6 +3,7 @@ file that is not ours is not trusted.
 """
 
 import asyncio
+import errno
 import json
 import os
 import sqlite3
@@ -15,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from align.errors import JudgeError
-from align.judge.entries import ANSWERED, LOST, Caps, Job, Judgment
+from align.judge import entries
+from align.judge.entries import ANSWERED, LOST, Caps, Job, Judgment, give_up
 from align.judge.forms import pairwise
 from align.judge.ledger import Ledger
 from align.judge.ledger_view import look
-from align.judge.owners import Owner, file_system, refuse_network_disk
+from align.judge.owners import BATCH, Owner, file_system, refuse_network_disk
 from align.judge.request import sound
 
 FREE = Caps(nano_usd=None, attempts=None)
@@ -100,6 +102,75 @@ def test_the_cap_holds_over_restarts(path):
     with Ledger.open(path) as ledger:
         begun = asyncio.run(begin(ledger, 9, caps=Caps(nano_usd=219, attempts=None)))
         assert begun.outcome == "budget"  # 3 * 40 + 100 = 220
+
+
+def test_what_was_given_up_and_is_answered_after_all_is_counted_once(path):
+    async def steps(ledger: Ledger):
+        begun = await begin(ledger)
+        await ledger.run(lambda db: give_up(db, "owner = ?", ledger.owner.name))
+        assert ledger.spending("j").uncertain == 100
+        await ledger.finish(
+            begun.attempt, identity="j", status=ANSWERED, reserved=100, cost=40, key=key(1),
+            judgment=READ,
+        )  # fmt: skip
+        return ledger.spending("j")
+
+    with Ledger.open(path) as ledger:
+        told = asyncio.run(steps(ledger))
+    assert (told.attempts, told.spent, told.reserved, told.uncertain) == (1, 40, 0, 0)
+    Ledger.open(path).close()
+
+
+def test_a_process_of_which_nobody_can_tell_is_not_taken_for_dead(path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with Ledger.open(path) as ledger:
+        other = Owner.new(path)
+        assert ledger.owner.lives(other.name)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", refused)
+            assert ledger.owner.lives(other.name)
+        other.release()
+        assert not ledger.owner.lives(other.name)
+
+
+def test_what_a_dead_process_reserved_holds_nobody_up_at_a_cap(path):
+    async def steps(ledger: Ledger, other: Owner):
+        await ledger.run(
+            lambda db: entries.begin(
+                db, key(1), identity="j", mode="line", endpoint="", reserve=100, caps=FREE,
+                owner=other,
+            )
+        )  # fmt: skip
+        capped = Caps(nano_usd=150, attempts=None)
+        waiting = await begin(ledger, 2, caps=capped)
+        other.release()
+        return waiting, await begin(ledger, 2, caps=capped)
+
+    with Ledger.open(path) as ledger:
+        waiting, begun = asyncio.run(steps(ledger, Owner.new(path)))
+    assert (waiting.outcome, waiting.under_way) == ("budget", 100)
+    assert (begun.outcome, begun.under_way) == ("budget", 0), "it may have cost what it reserved"
+
+
+def test_how_long_a_batch_took_says_nothing_of_a_live_request(path):
+    async def steps(ledger: Ledger):
+        begun = await ledger.run(
+            lambda db: entries.begin(
+                db, key(1), identity="j", mode="line", endpoint="", reserve=1, caps=FREE,
+                owner=ledger.owner, batch=f"{BATCH}x",
+            )
+        )  # fmt: skip
+        await ledger.finish(
+            begun.attempt, identity="j", status=ANSWERED, reserved=1, cost=1, key=key(1)
+        )
+        assert ledger.seconds_per_request("j") is None
+        await answer(ledger, 2)
+        return ledger.seconds_per_request("j")
+
+    with Ledger.open(path) as ledger:
+        assert asyncio.run(steps(ledger)) is not None
 
 
 DIES = """
