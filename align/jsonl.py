@@ -66,7 +66,9 @@ def read_records(path: Path, from_json: FromJson[T]) -> Iterator[T]:
 
 
 class IndexedRecords(Sequence[T], Generic[T]):
-    """Random access to the records of a JSONL file with eight bytes of memory per record."""
+    """The records of a JSONL file, one after the other or by index, with eight bytes of memory per
+    record.
+    """
 
     def __init__(self, path: Path, from_json: FromJson[T]) -> None:
         self.path, self.from_json, self.offsets = path, from_json, array("Q")
@@ -85,6 +87,11 @@ class IndexedRecords(Sequence[T], Generic[T]):
             return [self[i] for i in range(*index.indices(len(self)))]
         line = parse_line(self.raw(index), path=self.path, number=index + 1)
         return self.from_json(line, number=index + 1)
+
+    def __iter__(self) -> Iterator[T]:
+        """In order, the file opened once."""
+        for number, (_, line) in enumerate(read_lines(self.path), start=1):
+            yield self.from_json(line, number=number)
 
     def raw(self, index: int) -> bytes:
         """The line as it stands in the file."""

@@ -4,6 +4,7 @@ asked for twice.
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -41,9 +42,8 @@ def judge_missing(
         truncate_lines(path, whole_prompts(comparisons(), path, window=window))
     with JsonlAppender(path) as appender:
         missing = Missing(comparisons, path)
-        total = sum(1 for _ in comparisons())
-        done = total - len(missing)
-        with progress_bar(title, total, unit="comparisons", done=done) as advance:
+        done = missing.total - len(missing)
+        with progress_bar(title, missing.total, unit="comparisons", done=done) as advance:
             asyncio.run(append(missing, judge=judge, appender=appender, advance=advance))
 
 
@@ -80,18 +80,27 @@ class Missing:
     """The comparisons after the last one that has a verdict; can be gone through more than once."""
 
     def __init__(self, comparisons: Callable[[], Iterable[Comparison]], path: Path) -> None:
-        self.comparisons, self.path, self.count = comparisons, path, 0
+        self.comparisons, self.path = comparisons, path
         self.judged = sum(1 for _ in read_verdicts(path))
-        self.count = sum(1 for _ in self)
+        counts = Counter(lacking for lacking, _ in self.all())
+        self.count, self.total = counts[True], counts.total()
 
     def __iter__(self) -> Iterator[Comparison]:
+        return (comparison for lacking, comparison in self.all() if lacking)
+
+    def all(self) -> Iterator[tuple[bool, Comparison]]:
+        """Every comparison, and whether it is missing.
+
+        Raises:
+            JudgeError: there is a verdict that is on none of them.
+        """
         verdicts = (v for v, _ in zip(read_verdicts(self.path), range(self.judged), strict=False))
         pending = next(verdicts, None)
         for comparison in self.comparisons():
-            if pending is None:
-                yield comparison
-            elif is_of(pending, comparison):
+            lacking = pending is None
+            if pending is not None and is_of(pending, comparison):
                 pending = next(verdicts, None)
+            yield lacking, comparison
         if pending is not None:
             raise JudgeError(
                 f"{self.path}: holds a verdict on prompt {pending.id} that nobody asked for, or in "
