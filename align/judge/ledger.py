@@ -74,6 +74,7 @@ class Ledger:
                 prepare(reader)
                 claim_host(reader, path)
                 owner = Owner.new(path)
+                owner.sweep()
                 with transaction(reader):
                     close_what_died(reader, owner)
             except (sqlite3.DatabaseError, JudgeError) as error:

@@ -136,6 +136,13 @@ class Owner:
             return True
         return False
 
+    def sweep(self) -> None:
+        """Removes the files of processes that were killed; for whoever is `alone`."""
+        before = lock_file(self.ledger, "").name
+        for path in list(self.ledger.parent.iterdir()):
+            if path.name.startswith(before):
+                self.lives(path.name.removeprefix(before))
+
     def release(self) -> None:
         with contextlib.suppress(OSError):
             lock_file(self.ledger, self.name).unlink(missing_ok=True)

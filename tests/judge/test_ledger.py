@@ -194,6 +194,7 @@ def test_an_open_attempt_of_a_dead_process_is_possibly_billed_and_asked_again(pa
     with elsewhere(path, "os._exit(9)") as dead:
         assert dead.wait(60) == 9
     with Ledger.open(path) as ledger:
+        assert len(list(path.parent.glob("*-owner-*"))) == 1  # the dead one's is gone
         lost = ledger.spending("j")
         assert (lost.reserved, lost.uncertain) == (0, 100)
         again = asyncio.run(begin(ledger))
@@ -205,6 +206,7 @@ def test_an_open_attempt_of_a_dead_process_is_possibly_billed_and_asked_again(pa
 def test_a_request_that_a_living_process_asks_is_left_to_it(path):
     with elsewhere(path, "import time; time.sleep(60)") as living, Ledger.open(path) as ledger:
         assert living.stdout.readline().strip() == "go"
+        Ledger.open(path).close()
         assert asyncio.run(begin(ledger)).outcome == "busy"
         living.kill()
         living.wait(60)
