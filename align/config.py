@@ -225,7 +225,7 @@ def build_named(key: str, room: str, hint: Any, node: Any) -> Any:
     made = build(settings_class(room, str(name), module, key), node, f"{key}.", judge=judge)
     if judge:
         with contextlib.suppress(AttributeError):  # of a class of the user's that has slots
-            object.__setattr__(made, "key", key)
+            object.__setattr__(made, "_stands_at", key)
     return made
 
 

@@ -29,4 +29,4 @@ async def verdicts_of(
 
 def key_of(settings: Any) -> str:
     """Where a judge stands in the configuration, as `align.config` noted."""
-    return str(getattr(settings, "key", "judge"))
+    return str(getattr(settings, "_stands_at", "judge"))
