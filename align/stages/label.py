@@ -43,9 +43,10 @@ def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
                 f"({told(counts)}); check the judge's model and settings, then type the same "
                 "command"
             )
+        ties = ", or type label.ties=keep" if counts[TIE] else ""
         raise StageError(
             f"none of {counts['comparisons']} comparisons became a preference ({told(counts)}); "
-            "sample more varied answers (sampler.n, sampler.temperature) or look at verdicts.jsonl"
+            f"have answers compared that differ more{ties}. What the judge said: {out / VERDICTS}"
         )
     line = f"labelled {counts['comparisons']} comparisons: {told(counts)}{again(counts)}"
     print(line, flush=True)
