@@ -14,7 +14,7 @@ from typing import Any
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 import hydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,6 +22,12 @@ from align.config import CONF, did_you_mean, options, register_resolvers
 from align.errors import AlignError, ConfigError
 from align.interrupt import STATUS, interrupted, leave, watch
 from align.notice import notice
+
+OPTIONS = frozenset(
+    ["--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run",
+     "--multirun", "--shell-completion", "--config-path", "--config-name", "--config-dir",
+     "--experimental-rerun", "--info"]
+)  # fmt: skip
 
 
 def run_command(job: Callable[[], int], *, again: str) -> None:
@@ -67,6 +73,7 @@ def composed(job: Callable[[DictConfig], None], *, config: str) -> None:
     """Calls the job with the configuration that the command line says; once for each run of a
     sweep.
     """
+    refuse_options(sys.argv[1:])
     refuse_null_groups(sys.argv[1:])
     register_resolvers()
     errors: list[Exception] = []
@@ -82,6 +89,26 @@ def composed(job: Callable[[DictConfig], None], *, config: str) -> None:
     decorated(kept)()
     if errors:
         raise errors[0]
+
+
+def has(parent: Any, name: Any, key: str) -> bool:
+    """Whether the group of that name has the setting."""
+    try:
+        return key in parent[name]
+    except (TypeError, OmegaConfBaseException):  # no group, or without a value
+        return False
+
+
+def refuse_options(words: list[str]) -> None:
+    """
+    Raises:
+        ConfigError: an option that Hydra does not have; it would print a page on its own.
+    """
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in OPTIONS:
+            typed = name.removeprefix("--").replace("-", "_")
+            raise ConfigError(f"{word}: no such option; settings are typed {typed}=VALUE")
 
 
 def broken(error: OSError) -> str:
@@ -126,8 +153,17 @@ def one_line(error: Exception) -> str:
     while cause is not None:
         key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
         if key and parent is not None and hasattr(parent, "keys"):
+            if parent.get("name") == "none":
+                group = key.rpartition(".")[0]
+                typed = f"judge@{group}" if "." in group else group
+                return f"{key}: none is chosen there, and none has no settings; type {typed}=NAME"
             prefix = key.rpartition(".")[0]
             siblings = [f"{prefix}.{name}" if prefix else str(name) for name in parent]
-            return f"{key}: no such setting{did_you_mean(key, siblings)}"
+            deeper = [f"{name}.{key}" for name in parent if has(parent, name, key)]
+            known = f"; did you mean {deeper[0]}?" if deeper else did_you_mean(key, siblings)
+            return f"{key}: no such setting{known}"
         cause = cause.__cause__
-    return str(error).splitlines()[0]
+    line = str(error).splitlines()[0]
+    if isinstance(error, OverrideParseException):
+        line += "; settings are typed key=value"
+    return line

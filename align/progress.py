@@ -49,7 +49,14 @@ def progress_bar(
             ):
                 last = time.monotonic()
                 left = (last - started) / max(steps - done, 1) * (total - steps)
-                told = f"{title}: {steps}/{total}, {rate()}, {left:.0f} s left"
+                told = f"{title}: {steps}/{total}, {rate()}, {told_time(left)} left"
                 console.print(f"{told}, {note}" if note else told, highlight=False)
 
         yield advance
+
+
+def told_time(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

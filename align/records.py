@@ -285,6 +285,10 @@ class Verdict:
             raise ValueError(f"verdict status {self.status!r} is not one of {STATUSES}")
         if (self.p_first is None) == (self.status in (OK, TIE)):
             raise ValueError(f"a verdict with status {self.status!r} has p_first {self.p_first!r}")
+        if self.p_first is not None and not 0 <= self.p_first <= 1:
+            raise ValueError(f"p_first is {self.p_first!r}, not a probability")
+        if self.margin is not None and not 0 <= self.margin < math.inf:
+            raise ValueError(f"margin is {self.margin!r}, not a number from 0 on")
 
     def to_json(self) -> dict[str, Any]:
         return {"v": VERSION, **{f.name: getattr(self, f.name) for f in fields(self)}}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from align.algorithms.needs import Needs
 from align.algorithms.settings import Dpo
+from align.errors import StageError
 from align.records import Preference
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ def train(policy: "Policy", data: "PairData", *, settings: Dpo, out: Path) -> No
     from align.algorithms.dpo_loss import LOSSES, PairLogprobs, hard_labels, soft_label
     from align.algorithms.fit import fit
     from align.algorithms.preference_trainer import Results
+
+    if settings.offset and not any(data.train[i].get("margin") for i in range(len(data.train))):
+        raise StageError(
+            f"algorithm.offset={settings.offset:g}: no pair has a margin that it could count; type "
+            "judge.scale=five, or algorithm.offset=0"
+        )
 
     def results(pairs: PairLogprobs, p: torch.Tensor) -> Results:
         p = p if settings.soft_labels else hard_labels(p)

@@ -53,6 +53,8 @@ def chosen() -> Callable[[], int]:
     if word in COMMANDS:
         del sys.argv[1]
         return COMMANDS[word]
+    if sys.argv[2:] and sys.argv[2].startswith("="):
+        raise ConfigError(f"{word} = …: no blanks stand around =; type {word}=VALUE")
     if word and "=" not in word and not word.startswith(("-", "+", "~")):
         known = ", ".join(COMMANDS)
         raise ConfigError(

@@ -2,10 +2,12 @@
 its settings where they stand.
 """
 
-from collections.abc import AsyncGenerator, Iterable
+import contextlib
+import traceback
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import Any
 
-from align.errors import keyed
+from align.errors import AlignError, JudgeError, keyed
 from align.named import named_module
 from align.records import Comparison, Verdict
 
@@ -19,12 +21,35 @@ async def verdicts_of(
     module = named_module("align.judge", settings.name, settings.module)
     stream = aiter(module.compare(comparisons, settings=settings))
     try:
-        with keyed(key_of(settings)):
+        with keyed(key_of(settings)), told_in_a_line(settings):
             async for verdict in stream:
                 yield verdict
     finally:
         if hasattr(stream, "aclose"):
             await stream.aclose()
+
+
+@contextlib.contextmanager
+def told_in_a_line(settings: Any) -> Iterator[None]:
+    """An error in the program of a user's judge, with its place.
+
+    Raises:
+        JudgeError: there was one.
+    """
+    try:
+        yield
+    except AlignError:
+        raise
+    except Exception as error:
+        if settings.module is None:
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{last.filename}:{last.lineno}"
+        raise JudgeError(
+            f"{key_of(settings)}.module={settings.module}: its compare() failed at {place} "
+            f"({type(error).__name__}: {error}); what it said before is kept, mend it and type the "
+            "same command"
+        ) from error
 
 
 def key_of(settings: Any) -> str:

@@ -77,7 +77,10 @@ def check_url(url: str) -> None:
     except ValueError:
         parts, port, host = urlsplit(""), None, None
     if parts.scheme not in ("http", "https") or not host or " " in url or port == 0:
-        raise ConfigError("judge.base_url: is no address; type judge.base_url=http://HOST:PORT/v1")
+        raise ConfigError(
+            "judge.base_url: what was given is no address that begins with http:// or https://; "
+            "type judge.base_url=http://HOST:PORT/v1"
+        )
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ConfigError(
             "judge.base_url: holds a user, a password or a query, which would end up in files; put "

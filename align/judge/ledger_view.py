@@ -8,7 +8,7 @@ from pathlib import Path
 
 from align.judge.entries import TAKEN
 from align.judge.ledger_file import connect, unreadable
-from align.judge.owners import BATCH, SHORT, alone
+from align.judge.owners import BATCH, SHORT, alive, alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class JudgeSeen:
 
 @dataclass(frozen=True, kw_only=True)
 class JobSeen:
-    """What a ledger says of one job; times in seconds since the epoch."""
+    """What a ledger says of one job; times in seconds since the epoch. `alive`: its process is."""
 
     identity: str
     title: str
@@ -49,6 +49,7 @@ class JobSeen:
     total: int
     done: int
     failed: int
+    alive: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def look(path: Path) -> Seen:
         db = connect(path, create=False)
     try:
         jobs = db.execute(
-            "SELECT identity, title, started, seen, total, done, failed FROM job "
+            "SELECT id, identity, title, started, seen, total, done, failed FROM job "
             "ORDER BY started DESC"
         ).fetchall()
         judges = db.execute(
@@ -105,7 +106,10 @@ def look(path: Path) -> Seen:
         ).fetchall()
         return Seen(
             judges=[look_at(db, *judge) for judge in judges],
-            jobs=[JobSeen(**dict(zip(names, job, strict=True))) for job in jobs],
+            jobs=[
+                JobSeen(**dict(zip(names, job, strict=True)), alive=alive(path, owner))
+                for owner, *job in jobs
+            ],
             batches=[
                 BatchSeen(
                     identity=identity,

@@ -68,12 +68,14 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Openai) -> Asy
                 window=WINDOW,
                 stop=functools.partial(bench.halt, Interrupted("nothing more is wanted")),
             )
-            async with contextlib.aclosing(found):
-                async for settled in found:
-                    for verdict in settled:
-                        await tally.count(verdict)
-                        yield verdict
-        await tally.write()
+            try:
+                async with contextlib.aclosing(found):
+                    async for settled in found:
+                        for verdict in settled:
+                            await tally.count(verdict)
+                            yield verdict
+            finally:
+                await tally.write()
 
 
 @contextlib.asynccontextmanager

@@ -123,18 +123,7 @@ class Owner:
         """
         if name == self.name or name.startswith(BATCH):
             return True
-        path = lock_file(self.ledger, name)
-        try:
-            with path.open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
-        except BlockingIOError:
-            return True
-        except FileNotFoundError:  # gone with it
-            return False
-        except OSError:  # too many files are open, for instance: nobody can tell
-            return True
-        return False
+        return alive(self.ledger, name, remove=True)
 
     def sweep(self) -> None:
         """Removes the files of processes that were killed; for whoever is `alone`."""
@@ -147,6 +136,25 @@ class Owner:
         with contextlib.suppress(OSError):
             lock_file(self.ledger, self.name).unlink(missing_ok=True)
         self.file.close()
+
+
+def alive(ledger: Path, name: str, *, remove: bool = False) -> bool:
+    """Whether another process of that name holds its lock; True where nobody can tell.
+
+    Args:
+        remove: the file of one that does not.
+    """
+    path = lock_file(ledger.absolute(), name)
+    try:
+        with path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if remove:
+                path.unlink(missing_ok=True)
+    except FileNotFoundError:  # gone with it
+        return False
+    except OSError:  # held; or too many files are open, for instance
+        return True
+    return False
 
 
 def lock_file(ledger: Path, name: str) -> Path:

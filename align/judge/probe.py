@@ -25,6 +25,8 @@ from align.judge.verdicts import Group, Question, questions
 from align.notice import notice
 from align.records import Comparison, Message, Prompt
 
+SAID = {"json_schema": "JSON by a schema", "json": "JSON", "choice": "one of the labels",
+        "line": "a line of text"}  # fmt: skip
 EXAMPLE = Comparison(
     prompt=Prompt(id="probe", messages=(Message(role="user", content="What is two plus two?"),)),
     first="Two plus two is four.",
@@ -52,6 +54,13 @@ async def capability(asker: Asker) -> Capability:
             finally:
                 asker.sent += prober.sent
             await asker.ledger.remember(settings.judge, known)
+            able = Capability(**known)
+            likely = "with" if able.logprobs else "without"
+            sent = "one request" if prober.sent == 1 else f"{prober.sent} requests"
+            notice(
+                f"judge {settings.judge}: answers as {SAID[able.mode]}, {likely} probabilities "
+                f"({sent} to find that out)"
+            )
     able = Capability.believed(known, ledger=asker.ledger.path, identity=settings.judge)
     if str(settings.logprobs).lower() == "true" and not able.logprobs:
         raise JudgeError(

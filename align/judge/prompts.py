@@ -157,12 +157,16 @@ class Template:
         Raises:
             JudgeError: the template is wrong.
         """
+        shown = values(material, form=form, mode=mode, limit=limit)
         try:
             env = environment((str(self.path.parent), str(self.shipped)))
-            parts = env.get_template(self.path.name).generate(
-                **values(material, form=form, mode=mode, limit=limit)
-            )
-            return split_turns("".join(bounded(parts)))
+            parts = env.get_template(self.path.name).generate(**shown)
+            text = "".join(bounded(parts))
+            turns = split_turns(text)
+            for letter, response in shown["responses"]:
+                if response[1 : response.rindex('"')] not in text:  # with its quotes or without
+                    raise ValueError(f"it does not show response {letter} as it was given")
+            return turns
         except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError, OSError,
                 MemoryError) as error:  # fmt: skip
             why = " ".join(f"{type(error).__name__}: {error}".split())

@@ -103,6 +103,12 @@ def job(tree: DictConfig) -> None:
 
     name = called(settings.judge) or str(settings.labels.column)
     report = measure(judged, judge_name=name, seed=settings.seed, resamples=settings.resamples)
+    for row in report.against:
+        if row.unreadable:
+            notice(
+                f"columns.human: {row.unreadable} values of {row.column!r} are no label (1, A or "
+                "first; 2, B or second; 0 or tie) and were left out"
+            )
     out = Path(settings.out)
     write_report(report, out)
     print(sentence(report))

@@ -21,9 +21,9 @@ from align.jsonl import IndexedRecords
 from align.judge.jury import voters
 from align.judge.prices import usd
 from align.judge.settings import Jury, Openai
-from align.judge_commands.status import told_time
 from align.pipeline import Done, Work, bring_about, shortest
 from align.plan import Step
+from align.progress import told_time
 from align.records import OK, STATUSES, TIE, Candidate
 from align.stages.judging import again
 from align.stages.label import asked
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from align.judge.estimate import Estimate
 
 FREE = ("local", "rubric", "scripted")  # judges that send no requests
+LEFT_OUT = {"empty": "empty ones", "duplicates": "that say the same as another"}
 HERE = Launch(mode="inline", processes=None, threads=None)
 
 
@@ -56,6 +57,10 @@ class Labelling:
         check_range("seed", self.seed, low=0, high=2**31 - 1)
         if self.judge is None:
             raise ConfigError("no judge given; type judge=openai judge.model=NAME")
+        if Path(self.out).resolve() == Path(self.candidates).resolve():
+            raise ConfigError(
+                f"out={self.out}: are the candidates, which would be overwritten; name another file"
+            )
         folder = Path(self.out).absolute().parent
         if not folder.is_dir() or Path(self.out).is_dir():
             raise ConfigError(
@@ -116,6 +121,7 @@ def closing(settings: Labelling, done: Done) -> str:
     counts = done.made["preferences"].manifest["counts"]
     refused = done.made["candidates"].manifest["counts"]["refused"]
     without = {s: counts[s] for s in STATUSES if s not in (OK, TIE) and counts[s]}
+    left_out = {name: counts[name] for name in ("empty", "duplicates") if counts[name]}
     lines = [
         f"{counts['preferences']:,} preferences from {counts['comparisons']:,} comparisons: "
         f"{settings.out}"
@@ -123,6 +129,9 @@ def closing(settings: Labelling, done: Done) -> str:
     if refused:
         folder = shortest(done.made["candidates"].path)
         lines.append(f"{refused:,} rows of {settings.candidates} left out: {folder}/refused.jsonl")
+    if left_out:
+        told = " and ".join(f"{n:,} {LEFT_OUT[name]}" for name, n in left_out.items())
+        lines.append(f"answers that were compared with none: {told}")
     if without:
         told = ", ".join(f"{n:,} {status}" for status, n in without.items())
         lines.append(f"without a verdict, so no preference: {told}{again(counts)}")
@@ -210,9 +219,13 @@ def told_estimate(judge: Openai, found: "Estimate") -> str:
         f"about {told_time(found.seconds)}, at {found.latency:.1f} s a request ({found.basis}) "
         f"and {judge.concurrency} at a time"
     )
+    time = "within a day a batch" if judge.batch else time
+    budget = judge.budget_usd
+    if budget is not None and usd(found.cost) > budget:
+        time += f"\nmore than judge.budget_usd={budget:g}, which would stop it before its end"
     return f"""\
 {found.comparisons:,} comparisons, {found.requests:,} requests ({found.known:,} answered already)
 about {found.tokens_in:,} tokens to read and {found.tokens_out:,} to write
 about ${usd(found.cost):,.2f}, at worst ${usd(found.worst):,.2f} \
 (${price.read:g} and ${price.written:g} per million tokens)
-{"within a day a batch" if judge.batch else time}"""
+{time}"""

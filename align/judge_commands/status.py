@@ -11,13 +11,13 @@ from align.config import did_you_mean
 from align.errors import ConfigError
 from align.judge.ledger_view import BatchSeen, JobSeen, JudgeSeen, look
 from align.judge.prices import usd
+from align.progress import told_time
 from align.unseen import printable
 
 DEFAULT = "runs/judgments.sqlite"
 HELP = f"""{__doc__}
 
 Settings: ledger={DEFAULT}"""
-FRESH_S = 10.0  # a job that gave a sign of life within this time is at work
 MOST_JOBS = 8
 
 
@@ -116,16 +116,9 @@ def told_job(job: JobSeen) -> str:
     now = time.time()
     begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
     state = "done" if job.done >= job.total else "ended early"
-    if state != "done" and now - job.seen < FRESH_S:
+    if state != "done" and job.alive:
         left = (now - job.started) / max(job.done, 1) * (job.total - job.done)
         state = f"at work, {told_time(left)} left"
     lacking = f", {job.failed:,} without a verdict" if job.failed else ""
     done = f"{job.done:,} of {job.total:,} comparisons{lacking}"
     return f"  {begun}  {job.identity}, {job.title}: {done}; {state}"
-
-
-def told_time(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -13,8 +13,9 @@ from typing import Any
 
 from align.errors import JudgeError
 from align.jsonl import JsonlAppender, read_records, repair, truncate_lines
-from align.judge.ask import verdicts_of
+from align.judge.ask import key_of, verdicts_of
 from align.named import named_module
+from align.notice import notice
 from align.progress import progress_bar
 from align.records import OK, TIE, Comparison, Verdict
 
@@ -24,8 +25,8 @@ BLOCK = 256  # verdicts between two writes: all that SIGKILL can lose
 
 def judge_missing(
     comparisons: Callable[[], Iterable[Comparison]], *, judge: Any, path: Path, title: str
-) -> None:
-    """Appends the verdicts that `path` does not hold yet.
+) -> int:
+    """Appends the verdicts that `path` does not hold yet; returns how many comparisons there are.
 
     Args:
         comparisons: gives them anew each time it is called; they are never all in memory.
@@ -42,9 +43,11 @@ def judge_missing(
         truncate_lines(path, whole_prompts(comparisons(), path, window=window))
     with JsonlAppender(path) as appender:
         missing = Missing(comparisons, path)
+        without_reference(missing, judge)
         done = missing.total - len(missing)
         with progress_bar(title, missing.total, unit="comparisons", done=done) as advance:
             asyncio.run(append(missing, judge=judge, appender=appender, advance=advance))
+    return missing.total
 
 
 def whole_prompts(comparisons: Iterable[Comparison], path: Path, *, window: int = 1) -> int:
@@ -174,10 +177,26 @@ def again(counts: Mapping[str, int]) -> str:
     return "; to ask the failed ones again: retry=true" if counts.get("failed") else ""
 
 
+def without_reference(comparisons: Iterable[Comparison], judge: Any) -> None:
+    """A line where answers are to be judged by a reference that the prompts do not have."""
+    first = next(iter(comparisons), None)
+    if first is None or Path(getattr(judge, "prompt", "")).stem != "correctness":
+        return
+    if not isinstance(first.prompt.meta.get(judge.reference), str):
+        at = key_of(judge)
+        notice(
+            f"{at}.prompt=correctness: prompt {first.prompt.id} has no meta.{judge.reference}, so "
+            "the judge goes by what it knows itself; name the key of the right answer with "
+            f"{at}.reference=KEY"
+        )
+
+
 def note(failed: int, cost: float) -> str:
-    """What stands beside the bar: comparisons without a verdict, and the price of all."""
+    """What stands beside the bar: comparisons without a verdict, and what the labels cost, now or
+    when they were bought.
+    """
     lacking = f"{failed} without a verdict" if failed else ""
-    price = f"${cost:,.2f}" if cost >= 10 else f"${cost:.4f}" if cost else ""
+    price = f"labels of ${cost:,.{2 if cost >= 10 else 4}f}" if cost else ""
     return ", ".join(part for part in (lacking, price) if part)
 
 

@@ -26,7 +26,7 @@ def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
     """
     candidates = IndexedRecords(inputs["candidates"] / "candidates.jsonl", Candidate.from_json)
 
-    judge_missing(
+    total = judge_missing(
         lambda: asked(settings, candidates),
         judge=settings.judge,
         path=out / VERDICTS,
@@ -35,18 +35,28 @@ def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
     counts = write_preferences(settings, candidates, out)
     write_json(out / "counts.json", counts)
     if counts["preferences"] == 0:
+        if total and not counts["comparisons"]:
+            raise StageError(
+                f"judge={settings.judge.name}: passed all {total} comparisons over; its compare() "
+                "must yield a verdict on each that it can judge"
+            )
         if counts["comparisons"] and not counts[OK] and not counts[TIE]:
+            more = ""
             if counts["failed"]:
                 (out / VERDICTS).unlink()  # so that the same command asks again
+                more = ", then type the same command"
             raise StageError(
                 f"the judge gave no verdict on any of {counts['comparisons']} comparisons "
-                f"({told(counts)}); check the judge's model and settings, then type the same "
-                "command"
+                f"({told(counts)}); check the judge's model, prompt and settings{more}"
             )
         ties = ", or type label.ties=keep" if counts[TIE] else ""
+        what = f"have answers compared that differ more{ties}"
+        if counts["inconsistent"] > counts["comparisons"] / 2:
+            what = f"the order decides, not the answer; choose another judge or judge.prompt{ties}"
         raise StageError(
-            f"none of {counts['comparisons']} comparisons became a preference ({told(counts)}); "
-            f"have answers compared that differ more{ties}. What the judge said: {out / VERDICTS}"
+            f"none of {counts['comparisons']} comparisons became a preference ({told(counts)}, "
+            f"{counts['inconsistent']} by the order alone); {what}. What the judge said: "
+            f"{out / VERDICTS}"
         )
     line = f"labelled {counts['comparisons']} comparisons: {told(counts)}{again(counts)}"
     print(line, flush=True)

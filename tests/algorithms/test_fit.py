@@ -249,6 +249,11 @@ def test_too_few_pairs_name_the_setting(tiny: Model, lora: Lora, tmp_path: Path)
         train(tiny, lora, tmp_path, settings=replace(SETTINGS, batch_size=32))
 
 
+def test_an_offset_without_margins_is_refused(tiny: Model, lora: Lora, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="no pair has a margin"):
+        train(tiny, lora, tmp_path, settings=replace(SETTINGS, offset=1.0))
+
+
 def test_a_collapse_is_named_with_its_remedy(tiny: Model, lora: Lora, tmp_path: Path) -> None:
     wild = replace(SETTINGS, learning_rate=0.3, max_drop=0.01, epochs=4)
     with pytest.raises(StageError, match=r"collapsed.*algorithm\.max_drop=0\.01.*learning_rate"):

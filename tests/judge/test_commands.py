@@ -170,7 +170,8 @@ def test_status_lists_what_is_in_batches_and_a_foreign_ledger_cannot_steer_the_t
             env={**ENVIRONMENT, "PYTHONPATH": ROOT},
             stderr=subprocess.PIPE,
         )  # fmt: skip
-        assert child.stderr is not None and b"/4 done" in child.stderr.readline()
+        assert child.stderr is not None
+        assert any(b"/4 done" in line for line in child.stderr)
         child.kill()
         child.communicate()
         told = judge(tmp_path, "status", "ledger=runs/judgments.sqlite").stdout
@@ -187,10 +188,103 @@ def test_status_lists_what_is_in_batches_and_a_foreign_ledger_cannot_steer_the_t
     assert told.returncode == 0 and "evil[U+001B][2J" in told.stdout, told.stderr
 
 
+def test_the_candidates_are_never_overwritten(tmp_path):
+    path = write_rows(tmp_path / "c.jsonl", ROWS)
+    before = path.read_bytes()
+    answer = judge(tmp_path, "candidates=c.jsonl", "judge=scripted", "out=./c.jsonl")
+    assert answer.returncode == 1 and "which would be overwritten" in answer.stderr
+    assert path.read_bytes() == before
+
+
+def test_a_job_is_at_work_as_long_as_its_process_lives(tmp_path):
+    write_rows(tmp_path / "c.jsonl", [{**ROWS[0], "prompt": str(i)} for i in range(40)])
+    words = ["candidates=c.jsonl", "judge.concurrency=2"]
+    with FakeServer(tmp_path, latency=0.2) as server:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "align.judge", *words, *at(server)], cwd=tmp_path,
+            env={**ENVIRONMENT, "PYTHONPATH": ROOT}, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        server.wait_for(20)
+        during = judge(tmp_path, "status", "ledger=runs/judgments.sqlite").stdout
+        child.kill()
+        child.wait()
+        after = judge(tmp_path, "status", "ledger=runs/judgments.sqlite").stdout
+        server.plan(latency=0)
+        capped = judge(tmp_path, *words, *at(server), "judge.max_requests=60")
+        assert capped.returncode == 1
+    assert "at work, " in during and "at work" not in after and "ended early" in after
+    last = judge(tmp_path, "status", "ledger=runs/judgments.sqlite").stdout.split("jobs\n")[1]
+    assert re.search(r"(\d+) of 40", last) and int(re.search(r"(\d+) of 40", last)[1]) > 10
+
+
+def test_what_the_numbers_leave_out_is_said(tmp_path):
+    row = {"prompt": "?", "responses": ["No.", "No.", "No, never.", " "]}
+    write_rows(tmp_path / "c.jsonl", [row])
+    with FakeServer(tmp_path) as server:
+        words = ["candidates=c.jsonl", *at(server)]
+        dry = judge(tmp_path, *words, "dry_run=true", "judge.budget_usd=0.0001").stdout
+        assert "more than judge.budget_usd=0.0001" in dry
+        told = judge(tmp_path, *words, "judge.prompt=correctness")
+    assert "compared with none: 1 empty ones and 1 that say the same as another" in told.stdout
+    assert "prompt 0000001 has no meta.reference" in told.stderr
+    assert "answers as JSON by a schema, with probabilities (one request to" in told.stderr
+
+
+BROKEN = """
+from dataclasses import dataclass
+from align.records import Verdict
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    name: str
+    module: str | None
+    how: str
+
+async def compare(comparisons, *, settings):
+    for c in comparisons:
+        if settings.how == "nothing":
+            return
+        p = c.frist if settings.how == "typo" else 2.0
+        yield Verdict(id=c.prompt.id, first=c.first_index, second=c.second_index,
+                      status="ok", p_first=p, consistent=True, judge="x")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("typo", "own_judge.py:15 (AttributeError: 'Comparison' object has no attribute 'frist')"),
+        ("range", "(ValueError: p_first is 2.0, not a probability)"),
+        ("nothing", "judge=own: passed all 2 comparisons over"),
+    ],
+)
+def test_a_mistake_in_a_judge_of_ones_own_is_one_line(tmp_path, how, says):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    (tmp_path / "own_judge.py").write_text(BROKEN)
+    words = ["judge=none", "judge.name=own", "judge.module=own_judge", f"+judge.how={how}"]
+    answer = judge(tmp_path, "candidates=c.jsonl", *words, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert answer.returncode == 1 and says in answer.stderr, answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_judge_of_the_first_place_is_named_as_the_cause(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    with FakeServer(tmp_path, answer="first") as server:
+        answer = judge(tmp_path, "candidates=c.jsonl", *at(server))
+    assert answer.returncode == 1 and "the order decides, not the answer" in answer.stderr
+    assert "or type label.ties=keep" in answer.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["foo"], "foo: no such sub-command"),
+        (["candidates", "=", "c.jsonl"], "no blanks stand around =; type candidates=VALUE"),
+        (["dry-run"], "dry-run: no such sub-command"),
+        (["candidates=c.jsonl", "dry-run"], "settings are typed key=value"),
+        (["--dry-run"], "--dry-run: no such option; settings are typed dry_run=VALUE"),
+        (["judge.model=x"], "none is chosen there, and none has no settings; type judge=NAME"),
+        (["judge=openai", "budget_usd=3"], "no such setting; did you mean judge.budget_usd?"),
         (["statsu"], "did you mean status?"),
         ([], "no candidates given"),
         (["candidates=c.jsonl"], "no judge given"),

@@ -354,8 +354,8 @@ def own(tmp_path: Path, text: str, *, responses: tuple[str, ...] = ("one", "two"
 
 
 def test_a_template_may_be_one_message_several_or_an_extension(tmp_path):
-    assert own(tmp_path, "Who? {{ labels | join('/') }}") == [
-        {"role": "user", "content": "Who? A/B/tie"}
+    assert own(tmp_path, "{{ responses | map('last') | join('?') }} {{ labels | join('/') }}") == [
+        {"role": "user", "content": '"one"?"two" A/B/tie'}
     ]
 
 
@@ -369,7 +369,7 @@ def test_a_template_may_extend_the_shipped_frame(tmp_path):
 def test_turns_of_every_role_are_messages_and_empty_ones_are_left_out(tmp_path):
     text = ("{{ turn('system') }} {{ turn('user') }}Hi{{ turn('assistant') }}A{{ turn('user') }}"
             "{{ responses[0][1] }}")  # fmt: skip
-    assert own(tmp_path, text, responses=("\x00user\x00", "two")) == [
+    assert own(tmp_path, text, responses=("\x00user\x00",)) == [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "A"},
         {"role": "user", "content": '"\\u0000user\\u0000"'},
@@ -402,6 +402,7 @@ def test_turns_of_every_role_are_messages_and_empty_ones_are_left_out(tmp_path):
         ("{{ turn('judge') }}", r"turn\('judge'\): there are system, user"),
         ("Judge well. {{ turn('user') }} Who?", "before the first turn"),
         ("   ", "writes nothing"),
+        ("Who? {{ responses[1][1] }}", "does not show response A as it was given"),
         ("{% for a in range(90000) %}{{ ('x' * 900) * 900 }}{% endfor %}",
          "more than 268,435,456 characters"),
     ],
@@ -421,7 +422,8 @@ def test_a_template_that_is_no_text_is_one_line(tmp_path):
 
 
 def test_a_template_may_repeat_a_little(tmp_path):
-    assert own(tmp_path, "{{ '-' * 20 }}{{ 2 ** 3 }}")[0]["content"] == "-" * 20 + "8"
+    text = "{{ responses | map('last') | join }}{{ '-' * 20 }}{{ 2 ** 3 }}"
+    assert own(tmp_path, text)[0]["content"] == '"one""two"' + "-" * 20 + "8"
 
 
 def test_without_turns_all_is_the_users():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from align.errors import JudgeError
 from align.jsonl import dump_line
 from align.models.adapters import add_lora, without_adapter
 from align.models.chat import encode_completion, encode_prompt
@@ -166,7 +167,7 @@ def test_each_criterion_is_told_over_the_verdicts_that_carry_it(stage: Any, tmp_
 
 
 def test_what_was_judged_before_an_error_is_not_asked_again(stage: Any, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError):
+    with pytest.raises(JudgeError, match="RuntimeError: killed"):
         stage("dies", tmp_path / "out")
     asked = len((tmp_path / "log").read_text().split())
     found = stage("new", tmp_path / "out")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from align.errors import StageError
+from align.errors import JudgeError, StageError
 from align.jsonl import dump_line, read_records
 from align.records import Candidate, Preference, Prompt, Verdict
 from align.stages.label import comparisons, distinct, preferences, run
@@ -122,7 +122,7 @@ def test_a_run_killed_in_the_middle_ends_like_an_undisturbed_one_and_asks_nothin
         out.mkdir()
         log = str(scripted / f"{name}.log")
         if stop:
-            with pytest.raises(RuntimeError):
+            with pytest.raises(JudgeError, match="RuntimeError: killed"):
                 run(
                     LabelStage(label=ALL, judge=Scripted(log=log, stop_after=stop), seed=0),
                     inputs,
