@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from align.judge.estimate import Estimate
 
 FREE = ("local", "rubric", "scripted")  # judges that send no requests
-LEFT_OUT = {"empty": "empty ones", "duplicates": "that say the same as another"}
+LEFT_OUT = {"empty": "empty", "duplicates": "that repeat another"}
 HERE = Launch(mode="inline", processes=None, threads=None)
 
 
@@ -130,8 +130,8 @@ def closing(settings: Labelling, done: Done) -> str:
         folder = shortest(done.made["candidates"].path)
         lines.append(f"{refused:,} rows of {settings.candidates} left out: {folder}/refused.jsonl")
     if left_out:
-        told = " and ".join(f"{n:,} {LEFT_OUT[name]}" for name, n in left_out.items())
-        lines.append(f"answers that were compared with none: {told}")
+        told = ", ".join(f"{n:,} {LEFT_OUT[name]}" for name, n in left_out.items())
+        lines.append(f"answers compared with none: {told}")
     if without:
         told = ", ".join(f"{n:,} {status}" for status, n in without.items())
         lines.append(f"without a verdict, so no preference: {told}{again(counts)}")

@@ -96,7 +96,7 @@ def told(judge: JudgeSeen) -> str:
     if judge.unanswered:
         lines.append(
             f"  without answer   {judge.unanswered:,} requests; the command that asked them asks "
-            "again"
+            "again, with retry=true if it came to its end"
         )
     return "\n".join(lines)
 

@@ -225,7 +225,7 @@ def test_what_the_numbers_leave_out_is_said(tmp_path):
         dry = judge(tmp_path, *words, "dry_run=true", "judge.budget_usd=0.0001").stdout
         assert "more than judge.budget_usd=0.0001" in dry
         told = judge(tmp_path, *words, "judge.prompt=correctness")
-    assert "compared with none: 1 empty ones and 1 that say the same as another" in told.stdout
+    assert "compared with none: 1 empty, 1 that repeat another" in told.stdout
     assert "prompt 0000001 has no meta.reference" in told.stderr
     assert "answers as JSON by a schema, with probabilities (one request to" in told.stderr
 
