@@ -8,14 +8,14 @@ import asyncio
 import random
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from align.errors import JudgeError
 from align.judge import answers, endpoint
-from align.judge.answers import MALFORMED, PARSER, REFUSAL, Reading, Usage, usage
+from align.judge.answers import MALFORMED, PARSER, Reading
 from align.judge.endpoint import Endpoint, Reply
-from align.judge.entries import ANSWERED, Caps, Judgment
+from align.judge.entries import Caps, Judgment
 from align.judge.ledger import Ledger
+from align.judge.outcome import ending, judgment_of
 from align.judge.prices import Price, nano
 from align.judge.request import Capability, Request, request, sound
 from align.judge.schedule import Breaker, Pace, full_jitter
@@ -28,7 +28,6 @@ POLLS = 25  # looks, before it is seen whether that process still lives
 HOPELESS = 20  # requests refused for what they hold, without one that was not: the set-up is wrong
 PATIENCE_S = 5.0  # a longer wait is told
 MOST_DOUBLINGS = 4  # of a refused request's own wait, since the pace slows down all of them
-UNSURE = (endpoint.GARBLED, endpoint.DOWN, endpoint.FILTERED)  # some of them are charged
 FINAL = (endpoint.ANSWERED, endpoint.OVERFLOWED, endpoint.FILTERED, endpoint.REJECTED)
 
 
@@ -208,7 +207,7 @@ class Asker:
             self.learn(reply)
             judgment = None
             try:
-                judgment = self.judgment(wanted, reply, attempt=begun.attempt)
+                judgment = judgment_of(reply, wanted.form, price=self.price, attempt=begun.attempt)
             finally:  # stored even if it could not be read
                 await self.write(wanted, reply, judgment, attempt=begun.attempt, reserve=reserve)
             if reply.kind == endpoint.STOP:
@@ -319,32 +318,6 @@ class Asker:
                 )
             )
 
-    def judgment(self, wanted: Request, reply: Reply, *, attempt: int) -> Judgment | None:
-        """What a reply says, None where it says nothing."""
-        if reply.kind in (endpoint.OVERFLOWED, endpoint.FILTERED):
-            return self.unasked(reply, attempt=attempt)
-        if reply.kind != endpoint.ANSWERED:
-            return None
-        reading = answers.read(reply.body, wanted.form)
-        counted = usage(reply.body) or Usage(prompt=0, completion=0)
-        return Judgment(
-            status=reading.status,
-            answer=reading.to_json(),
-            parser=PARSER,
-            tokens=counted.prompt + counted.completion,
-            cost=self.price.cost(prompt=counted.prompt, completion=counted.completion),
-            attempt=attempt,
-        )
-
-    def unasked(self, reply: Reply, *, attempt: int) -> Judgment:
-        """Of a request that is longer than the model's window, or that a content filter held."""
-        status = "overflow" if reply.kind == endpoint.OVERFLOWED else REFUSAL
-        reading = Reading(status=status, why=reply.why)
-        return Judgment(
-            status=reading.status, answer=reading.to_json(), parser=PARSER, tokens=0, cost=0,
-            attempt=attempt,
-        )  # fmt: skip
-
     async def write(
         self,
         wanted: Request,
@@ -358,32 +331,10 @@ class Asker:
         final = judgment is not None and judgment.status != MALFORMED and not wanted.probe
         await self.ledger.finish(
             attempt,
-            **self.ending(reply, reserve=reserve),
+            **ending(reply, identity=self.settings.judge, price=self.price, reserve=reserve),
             key=wanted.key,
             judgment=judgment if final else None,
         )
-
-    def ending(self, reply: Reply, *, reserve: int) -> dict[str, Any]:
-        """What `ledger.finish` is told about a reply. An answer costs what the endpoint counted;
-        what was refused cost nothing; what broke, was filtered, or not counted, may have cost the
-        worst.
-        """
-        answered = reply.kind == endpoint.ANSWERED
-        counted = usage(reply.body) if answered else None
-        free = not answered and reply.kind not in UNSURE
-        cost = 0 if free else None
-        if counted:
-            cost = self.price.cost(prompt=counted.prompt, completion=counted.completion)
-        return {
-            "identity": self.settings.judge,
-            "status": ANSWERED if answered else reply.kind,
-            "reserved": reserve,
-            "cost": cost,
-            "http": reply.http,
-            "raw": reply.raw or (reply.why.encode() or None),
-            "prompt_tokens": counted.prompt if counted else None,
-            "completion_tokens": counted.completion if counted else None,
-        }
 
     def hopeless(self, reply: Reply) -> None:
         """Counts requests that were refused for what they hold.

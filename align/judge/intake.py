@@ -18,6 +18,7 @@ from align.judge.asker import Asker
 from align.judge.batch_api import ABSENT, BatchApi, Refused
 from align.judge.endpoint import Endpoint, Reply
 from align.judge.entries import ANSWERED, finish
+from align.judge.outcome import UNASKED, ending, unasked
 from align.judge.shards import EXPIRED, close, forget, owner_of
 from align.notice import notice
 
@@ -161,12 +162,11 @@ def put(
             counts.again += status not in PERMANENT
             continue
         kind = line.reply.kind
-        ending = asker.ending(line.reply, reserve=reserved)
+        end = ending(line.reply, identity=asker.settings.judge, price=asker.price, reserve=reserved)
         if kind == endpoint.DOWN:  # of a batch, the provider says so itself
-            ending["cost"] = 0
-        final = kind in (endpoint.OVERFLOWED, endpoint.FILTERED)
-        judgment = asker.unasked(line.reply, attempt=attempt) if final else None
-        finish(db, attempt, **ending, key=line.key, judgment=judgment)
+            end["cost"] = 0
+        judgment = unasked(line.reply, attempt=attempt) if kind in UNASKED else None
+        finish(db, attempt, **end, key=line.key, judgment=judgment)
         counts.answered += kind == endpoint.ANSWERED
         counts.again += kind not in PERMANENT
         counts.why = counts.why if kind == endpoint.ANSWERED else line.reply.why

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -35,31 +35,44 @@ def run(settings: LabelStage, inputs: dict[str, Path], out: Path) -> None:
     counts = write_preferences(settings, candidates, out)
     write_json(out / "counts.json", counts)
     if counts["preferences"] == 0:
-        if total and not counts["comparisons"]:
-            raise StageError(
-                f"judge={settings.judge.name}: passed all {total} comparisons over; its compare() "
-                "must yield a verdict on each that it can judge"
-            )
-        if counts["comparisons"] and not counts[OK] and not counts[TIE]:
-            more = ""
-            if counts["failed"]:
-                (out / VERDICTS).unlink()  # so that the same command asks again
-                more = ", then type the same command"
-            raise StageError(
-                f"the judge gave no verdict on any of {counts['comparisons']} comparisons "
-                f"({told(counts)}); check the judge's model, prompt and settings{more}"
-            )
-        ties = ", or type label.ties=keep" if counts[TIE] else ""
-        what = f"have answers compared that differ more{ties}"
-        if counts["inconsistent"] > counts["comparisons"] / 2:
-            what = f"the order decides, not the answer; choose another judge or judge.prompt{ties}"
-        raise StageError(
-            f"none of {counts['comparisons']} comparisons became a preference ({told(counts)}, "
-            f"{counts['inconsistent']} by the order alone); {what}. What the judge said: "
-            f"{out / VERDICTS}"
-        )
+        why = why_none(counts, total=total, judge=settings.judge.name, path=out / VERDICTS)
+        if not decided(counts) and counts["failed"]:
+            (out / VERDICTS).unlink()  # so that the same command asks again
+        raise StageError(why)
     line = f"labelled {counts['comparisons']} comparisons: {told(counts)}{again(counts)}"
     print(line, flush=True)
+
+
+def decided(counts: Mapping[str, Any]) -> bool:
+    return bool(counts[OK] or counts[TIE] or counts["disagreement"])
+
+
+def why_none(counts: Mapping[str, Any], *, total: int, judge: str, path: Path) -> str:
+    """Why nothing became a preference, and what may mend it.
+
+    Args:
+        total: comparisons that the judge was asked about.
+        path: of its verdicts.
+    """
+    said = f"{counts['comparisons']} comparisons"
+    if total and not counts["comparisons"]:
+        return (
+            f"judge={judge}: passed all {total} comparisons over; its compare() must yield a "
+            "verdict on each that it can judge"
+        )
+    if counts["comparisons"] and not decided(counts):
+        again = ", then type the same command" if counts["failed"] else ""
+        return (
+            f"the judge gave no verdict on any of {said} ({told(counts)}); check the judge's "
+            f"model, prompt and settings{again}"
+        )
+    ties = ", or type label.ties=keep" if counts[TIE] else ""
+    what = f"have answers compared that differ more{ties}"
+    if counts["inconsistent"] > counts["comparisons"] / 2:
+        what = f"the order decides, not the answer: choose another judge or judge.prompt{ties}"
+    return (
+        f"none of {said} became a preference ({told(counts)}); {what}. What the judge said: {path}"
+    )
 
 
 def asked(settings: LabelStage, candidates: Iterable[Candidate]) -> Iterator[Comparison]:
@@ -68,7 +81,7 @@ def asked(settings: LabelStage, candidates: Iterable[Candidate]) -> Iterator[Com
         yield from comparisons(candidate, label=settings.label, seed=settings.seed)
 
 
-def told(counts: dict[str, Any]) -> str:
+def told(counts: Mapping[str, Any]) -> str:
     return (
         ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status]) or "none"
     )
@@ -127,7 +140,8 @@ def write_preferences(
                 verdicts.append(verdict)
                 manner.add(comparison, verdict)
                 counts[verdict.status] += 1
-                counts["inconsistent"] += not verdict.consistent
+                judged = verdict.status in (OK, TIE, "disagreement")
+                counts["inconsistent"] += judged and not verdict.consistent
                 cost += verdict.cost
             ordered = sorted(
                 verdicts, key=lambda v: (min(v.first, v.second), max(v.first, v.second))

@@ -22,6 +22,7 @@ from align.judge.batch import answer_in_batches
 from align.judge.endpoint import Endpoint
 from align.judge.estimate import estimate
 from align.judge.ledger import Ledger
+from align.judge.outcome import ending, unasked
 from align.judge.prices import price_of
 from align.judge.request import Capability
 from align.judge.settings import Openai
@@ -230,9 +231,10 @@ def test_what_a_filter_held_may_be_charged_and_is_not_batched_again(
     asker = batched(pairs(0), settings)
     body = {"error": {"message": "no", "code": code}}
     reply = intake.answered({"status_code": 400, "body": body}, asker.endpoint)
-    assert asker.ending(reply, reserve=7)["cost"] == cost
+    end = ending(reply, identity="j", price=asker.price, reserve=7)
+    assert end["cost"] == cost
     assert reply.kind in intake.PERMANENT
-    assert asker.unasked(reply, attempt=1).status == status
+    assert unasked(reply, attempt=1).status == status
 
 
 def test_a_finished_run_asks_nothing_again(server: FakeServer, tmp_path: Path) -> None:
