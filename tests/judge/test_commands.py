@@ -319,22 +319,34 @@ def test_a_mistake_is_one_line_and_status_1(tmp_path, words, says):
     assert "Traceback" not in answer.stderr
 
 
-@pytest.mark.parametrize("words", [["--help"], ["status", "--help"], ["agreement", "--help"]])
-def test_help_comes_in_a_second_without_torch(tmp_path, words):
+def imported(folder: Path, *words: str) -> tuple[str, list[str]]:
+    """What the command says, and which heavy packages it imports on its way."""
     code = (
         "import sys, runpy\n"
-        f"sys.argv = ['align.judge', *{words!r}]\n"
+        f"sys.argv = ['align.judge', *{list(words)!r}]\n"
         "try:\n    runpy.run_module('align.judge', run_name='__main__')\n"
-        "finally:\n    print('torch' in sys.modules, 'openai' in sys.modules, file=sys.stderr)"
+        "finally:\n    print(*{'torch', 'openai', 'trl'} & sys.modules.keys(), file=sys.stderr)"
     )
-    started = time.monotonic()
     answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT}, timeout=60,
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": ROOT}, timeout=60,
     )  # fmt: skip
+    return answer.stdout, answer.stderr.splitlines()[-1].split()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["status", "--help"], ["agreement", "--help"]])
+def test_help_comes_in_a_second_without_torch(tmp_path, words):
+    started = time.monotonic()
+    told, heavy = imported(tmp_path, *words)
     assert time.monotonic() - started < 3  # half a second where nothing else runs
-    assert "align.judge" in answer.stdout
-    assert answer.stderr.split()[-2:] == ["False", "False"]
+    assert "align.judge" in told and heavy == []
+
+
+def test_labelling_imports_no_torch(tmp_path):
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    with FakeServer(tmp_path) as server:
+        told, heavy = imported(tmp_path, "candidates=c.jsonl", *at(server))
+    assert "2 preferences from 2 comparisons" in told and heavy == ["openai"]
 
 
 def test_a_judge_is_measured_against_the_labels_of_people(tmp_path):
