@@ -94,7 +94,7 @@ def composed(job: Callable[[DictConfig], None], *, config: str) -> None:
 def has(parent: Any, name: Any, key: str) -> bool:
     """Whether the group of that name has the setting."""
     try:
-        return key in parent[name]
+        return hasattr(parent[name], "keys") and key in parent[name]
     except (TypeError, OmegaConfBaseException):  # no group, or without a value
         return False
 

@@ -35,7 +35,7 @@ class StageError(AlignError):
     """A stage cannot go on."""
 
 
-OWN = re.compile(r"(?<![\w./])judge\.(?=[a-z])")  # a judge's settings, as it speaks of them
+OWN = re.compile(r"(?:^|(?<=[\s(@+]))judge\.(?=[a-z])")  # a judge's settings, as it speaks of them
 
 
 @contextlib.contextmanager

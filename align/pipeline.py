@@ -124,7 +124,10 @@ def make(
     with lock(artifact.path.with_suffix(".lock"), waiting=waiting):
         worked = not stands(artifact, how)
         if worked:
+            resumed = artifact.path.is_dir()
             work(step, artifact, body, made, run, how)
+            if resumed and not stands(artifact, how):  # it failed before, too
+                work(step, artifact, body, made, run, how)
         else:
             print(f"{step.name:<13} up to date", flush=True)
             run.event("reused", step=step.name, artifact=str(artifact.path))

@@ -245,6 +245,7 @@ class Comparison:
 
 
 OK, TIE = "ok", "tie"
+ROUNDING = 1e-5  # by which a sum of probabilities may miss 0 or 1
 STATUSES = (OK, TIE, "disagreement", "refusal", "malformed", "overflow", "failed")
 
 
@@ -285,8 +286,10 @@ class Verdict:
             raise ValueError(f"verdict status {self.status!r} is not one of {STATUSES}")
         if (self.p_first is None) == (self.status in (OK, TIE)):
             raise ValueError(f"a verdict with status {self.status!r} has p_first {self.p_first!r}")
-        if self.p_first is not None and not 0 <= self.p_first <= 1:
-            raise ValueError(f"p_first is {self.p_first!r}, not a probability")
+        if self.p_first is not None:
+            if not -ROUNDING <= self.p_first <= 1 + ROUNDING:
+                raise ValueError(f"p_first is {self.p_first!r}, not a probability")
+            object.__setattr__(self, "p_first", min(1.0, max(0.0, self.p_first)))
         if self.margin is not None and not 0 <= self.margin < math.inf:
             raise ValueError(f"margin is {self.margin!r}, not a number from 0 on")
 

@@ -40,6 +40,17 @@ def test_a_swapped_comparison_carries_its_indices_along():
     assert swapped.swap() == comparison
 
 
+@pytest.mark.parametrize(("p", "kept"), [(1 + 1e-9, 1.0), (-1e-9, 0.0), (0.25, 0.25)])
+def test_a_probability_is_held_to_its_range_where_rounding_missed_it(p, kept):
+    given = {"id": "1", "first": 0, "second": 1, "consistent": True, "judge": "j", "status": "ok"}
+    assert Verdict(**given, p_first=p).p_first == kept
+    for wrong in (1.1, -0.5, float("nan")):
+        with pytest.raises(ValueError, match="not a probability"):
+            Verdict(**given, p_first=wrong)
+    with pytest.raises(ValueError, match="margin is -1"):
+        Verdict(**given, p_first=1.0, margin=-1.0)
+
+
 @pytest.mark.parametrize(("status", "p"), [("ok", None), ("refusal", 0.5), ("perhaps", 0.5)])
 def test_a_failure_can_carry_no_probability_and_a_verdict_needs_one(status, p):
     with pytest.raises(ValueError, match="verdict"):

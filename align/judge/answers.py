@@ -5,7 +5,7 @@ A better parser raises `PARSER`: answers that are in the ledger are then read ag
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from align.judge.forms import LISTWISE, SCALAR, Form
@@ -112,8 +112,7 @@ def read(body: Mapping[str, Any], form: Form) -> Reading:
     lines = min(whole, finished(narrow, form), key=len) if cut else whole
     found = list(given(narrow, objects, lines, form))
     if start:
-        for passage in before_the_answer(content.translate(NARROW)):
-            found += [replace(each, sure=False) for each in tagged(passage, form.key, form)]
+        found += before_the_answer(content.translate(NARROW), form.key, form)
     said, sure = {each.value for each in found}, [each for each in found if each.sure]
     if len(said) != 1 or not sure:
         none = "cut off at max_tokens" if cut else f"no {form.key}"

@@ -29,6 +29,16 @@ async def verdicts_of(
             await stream.aclose()
 
 
+def window_of(settings: Any) -> int:
+    """How many comparisons a judge looks at together, so that its file may only be cut between
+    them: its module's WINDOW, 1 where it has none.
+    """
+    module = named_module("align.judge", settings.name, settings.module)
+    if hasattr(module, "window"):
+        return int(module.window(settings))
+    return int(getattr(module, "WINDOW", 1))
+
+
 @contextlib.contextmanager
 def told_in_a_line(settings: Any) -> Iterator[None]:
     """An error in the program of a user's judge, with its place.

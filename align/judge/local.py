@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from align.errors import ConfigError, DataError, keyed
 from align.judge.answers import OK, Reading
 from align.judge.ask import key_of
-from align.judge.forms import Form
+from align.judge.forms import SCALAR, Form
 from align.judge.prompts import Template, one_message
 from align.judge.settings import Local
 from align.judge.verdicts import (
@@ -99,30 +99,43 @@ class Bench:
         kept = [fitting(group, settings=self.settings) for group in several]
         async with self.turn:
             asked = await apart(lambda: [self.prepared(group) for group in kept])
-            flat = [question for prepared in asked for question in prepared]
+            flat = [question for _, prepared in asked for question in prepared]
             answers = iter(await self.answers(flat))
         settled = []
-        for group, some, prepared in zip(several, kept, asked, strict=True):
+        for group, (fit, prepared) in zip(several, asked, strict=True):
             read = [next(answers) for _ in prepared]
-            judged = some if read else Group(comparisons=())
-            found = verdicts(judged, read, settings=self.settings, judge=self.name) if read else []
-            settled.append(with_dropped(group, judged, found, judge=self.name))
+            found = verdicts(fit, read, settings=self.settings, judge=self.name) if read else []
+            settled.append(with_dropped(group, fit, found, judge=self.name))
         return settled
 
-    def prepared(self, group: Group) -> list["Prepared"]:
-        """The group's questions in tokens, their texts cut alike where that makes them fit; none
-        where they do not fit.
+    def prepared(self, group: Group) -> tuple[Group, list["Prepared"]]:
+        """What of the group fits the model's window, and its questions in tokens, their texts cut
+        alike where that makes them fit.
         """
         if not group.comparisons:
-            return []
+            return group, []
         asked, limit = questions(group, settings=self.settings), self.settings.max_chars
         while True:
             found = [self.encoded(question, limit=limit) for question in asked]
-            if all(question.size <= self.room for question in found):
-                return found
+            long = [place for place, question in enumerate(found) if question.size > self.room]
+            if not long:
+                return group, found
+            if self.settings.on_overflow == "drop":
+                return self.prepared(self.fitting(group, long))
             limit = min(limit, longest_shown(asked)) // 2
-            if self.settings.on_overflow == "drop" or limit < LEAST_SHOWN:
-                return []
+            if limit < LEAST_SHOWN:
+                return Group(comparisons=()), []
+
+    def fitting(self, group: Group, long: Sequence[int]) -> Group:
+        """The group without what the questions at those places settle: of marks, each response's
+        pairs; else all of it.
+        """
+        if self.settings.kind != SCALAR:
+            return Group(comparisons=())
+        indices = list(group.texts)
+        gone = {indices[place] for place in long}
+        kept = (c for c in group.comparisons if not gone & {c.first_index, c.second_index})
+        return Group(comparisons=tuple(kept))
 
     def encoded(self, question: Question, *, limit: int) -> "Prepared":
         from align.judge.label_probabilities import label_tokens

@@ -38,7 +38,7 @@ from align.named import named_module
 from align.notice import notice
 from align.records import OK, TIE, Comparison, Verdict
 
-WINDOW = 20_000  # comparisons that may be settled while an older one is still being asked
+AHEAD = 20_000  # comparisons that may be settled while an older one is still being asked
 FILES = 100  # beside the connections: the ledger, batches, what the libraries keep open
 HALVINGS = 4  # of the longest text, before what does not fit is given up
 SIGN_OF_LIFE_S = 1.0
@@ -65,7 +65,7 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Openai) -> Asy
                 groups(comparisons, settings=settings),
                 bench.settle,
                 workers=2 * settings.concurrency,
-                window=WINDOW,
+                window=AHEAD,
                 stop=functools.partial(bench.halt, Interrupted("nothing more is wanted")),
             )
             try:

@@ -146,10 +146,11 @@ def alive(ledger: Path, name: str, *, remove: bool = False) -> bool:
     """
     path = lock_file(ledger.absolute(), name)
     try:
-        with path.open("r+") as file:
+        with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if remove:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another user's
+                    path.unlink(missing_ok=True)
     except FileNotFoundError:  # gone with it
         return False
     except OSError:  # held; or too many files are open, for instance

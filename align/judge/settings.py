@@ -79,6 +79,13 @@ class Asking:
             raise ConfigError(
                 f"judge.prompt={self.prompt}: a template's name ends in .j2; rename it"
             )
+        from align.judge.template_files import shows_responses
+
+        if not shows_responses(path.absolute(), Path(self.prompts)):
+            raise ConfigError(
+                f"judge.prompt={self.prompt}: names no responses, so the judge would not see any; "
+                "put {{ responses }} in, as conf/judge/prompts/base.j2 does"
+            )
         object.__setattr__(self, "prompt", str(path.absolute()))  # from here on it is a file
         check_choice("judge.kind", self.kind, KINDS)
         check_choice("judge.scale", self.scale, tuple(SCALES))

@@ -8,7 +8,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from align.judge.forms import LISTWISE, PAIRWISE, SCALAR, Form
@@ -68,15 +68,19 @@ def after_thinking(content: str) -> int | None:
     return 0 if object_end(content) >= ends[-1] else ends[-1]
 
 
-def before_the_answer(content: str) -> Iterator[str]:
-    """The passages before an end of thinking that nothing shows to be thoughts: the end tag may be
-    a quotation, and what stands before it an answer.
+def before_the_answer(content: str, key: str, form: Form) -> Iterator[Found]:
+    """Answers before an end of thinking that may be a quotation: in passages that nothing shows to
+    be thoughts. What stands before the first end counts only where it begins with an answer, for
+    some templates open the thinking in the prompt, and thoughts try answers out.
     """
     begin = 0
     for match in THOUGHT.finditer(content):
         passage = content[begin : match.start()]
-        if not THINKING.match(passage):
-            yield passage
+        found = [] if THINKING.match(passage) else list(tagged(passage, key, form))
+        if not begin:
+            opening = passage.lstrip().partition("\n")[0]
+            found = found if list(tagged(opening, key, form)) else []
+        yield from (replace(each, sure=False) for each in found)
         begin = match.end()
 
 
@@ -158,11 +162,14 @@ def second_thoughts(text: str, key: str, form: Form) -> Iterator[Found]:
     """From within a line, "No, I was wrong. Verdict: B", of a pair: enough to contradict."""
     if form.kind != PAIRWISE:
         return
-    tag = re.compile(rf"(?<=\W){re.escape(key)}{GAP}[:=]{GAP}(\w+)", re.IGNORECASE)
+    named = "|".join(map(re.escape, form.labels))
+    tag = re.compile(
+        rf"(?<=[.!?;,])\s+(?i:(?:no|wait|my|the|final),?\s+){{0,3}}(?i:{re.escape(key)}){GAP}[:=]"
+        rf"{GAP}({named})(?=\s*(?:[.,;!?]|\Z))"
+    )
     for line, _ in lines(text):
-        for match in tag.finditer(line, 1):
-            if (found := value_of(match[1], form)) is not None:
-                yield Found(found.value, sure=False)
+        for match in tag.finditer(line):
+            yield Found(match[1], sure=False)
 
 
 def lone(text: str, form: Form, *, alone: bool) -> Iterator[Found]:

@@ -51,3 +51,19 @@ def named(sandbox: Sandbox, file: Path) -> Iterator[str]:
         return
     for name in meta.find_referenced_templates(tree):
         yield "*" if name is None else name
+
+
+def shows_responses(path: Path, shipped: Path) -> bool:
+    """Whether a prompt names the responses anywhere; True where nobody can tell."""
+    files = template_files(path, shipped)
+    if "*" in files:
+        return True
+    sandbox = environment((str(path.parent), str(shipped)))
+    for file in files.values():
+        try:
+            tree = sandbox.parse(file.read_text(encoding="utf-8")) if file is not None else None
+        except (TemplateError, UnicodeDecodeError):  # who renders it says what is wrong
+            return True
+        if tree is not None and "responses" in meta.find_undeclared_variables(tree):
+            return True
+    return False

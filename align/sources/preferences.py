@@ -1,11 +1,11 @@
 """Preferences from a local file: pairs that humans or another system labelled already."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.errors import DataError
-from align.records import Preference, read_messages
+from align.records import Message, Preference, read_messages
 from align.sources.local import records
 from align.sources.settings import Source
 
@@ -43,10 +43,24 @@ def last_turns(line: Mapping[str, Any]) -> Mapping[str, Any]:
     if len(set(contexts)) > 1:
         raise DataError('"chosen" and "rejected" answer different conversations')
     if contexts and contexts[0]:
-        if "messages" in plain or "prompt" in plain:
-            apart = read_messages(plain)
-            if apart not in (contexts[0][: len(apart)], contexts[0][-len(apart) :]):
-                raise DataError('"chosen" answers another conversation than the prompt')
-            plain.pop("prompt", None)
-        plain["messages"] = [message.to_json() for message in contexts[0]]
+        if plain.get("messages") == line["chosen"]:  # of some releases, the answer included
+            plain.pop("messages")
+        apart = read_messages(plain) if "messages" in plain or "prompt" in plain else ()
+        plain.pop("prompt", None)
+        plain["messages"] = [m.to_json() for m in whole(contexts[0], apart)]
     return plain
+
+
+def whole(context: Sequence[Message], apart: Sequence[Message]) -> list[Message]:
+    """The conversation that was answered, where a prompt is given apart too: its beginning, its end
+    or all of it, with or without the system turn.
+
+    Raises:
+        DataError: it is another one.
+    """
+    said, known = ([(m.role, m.content.strip()) for m in turns if m.role != "system"]
+                   for turns in (context, apart))  # fmt: skip
+    if known not in (said[: len(known)], said[len(said) - len(known) :]):
+        raise DataError('"chosen" answers another conversation than the prompt')
+    system = [] if any(m.role == "system" for m in context) else apart
+    return [*(m for m in system if m.role == "system"), *context]

@@ -13,8 +13,8 @@ from typing import Any
 
 from align.errors import JudgeError
 from align.jsonl import JsonlAppender, read_records, repair, truncate_lines
-from align.judge.ask import key_of, verdicts_of
-from align.named import named_module
+from align.judge.ask import key_of, verdicts_of, window_of
+from align.judge.settings import Asking
 from align.notice import notice
 from align.progress import progress_bar
 from align.records import OK, TIE, Comparison, Verdict
@@ -38,9 +38,8 @@ def judge_missing(
     """
     repair(path)
     if path.exists():
-        module = named_module("align.judge", judge.name, judge.module)
-        window = getattr(module, "WINDOW", 1)
-        truncate_lines(path, whole_prompts(comparisons(), path, window=window))
+        whole = whole_prompts(comparisons(), path, window=window_of(judge))
+        truncate_lines(path, whole)
     with JsonlAppender(path) as appender:
         missing = Missing(comparisons, path)
         without_reference(missing, judge)
@@ -57,9 +56,9 @@ def whole_prompts(comparisons: Iterable[Comparison], path: Path, *, window: int 
     crash left of a prompt is judged again; a judge with a ledger pays nothing for it.
 
     Args:
-        window: comparisons that the judge looks at together (its module's WINDOW, 1 where it has
-            none), as `verdicts.windows` has them. What is left of such a window is judged again
-            too, for batches put together otherwise differ in the last digits.
+        window: comparisons that the judge looks at together, as `verdicts.windows` has them. What
+            is left of such a window is judged again too, for batches put together otherwise differ
+            in the last digits.
     """
     verdicts = read_verdicts(path)
     pending = next(verdicts, None)
@@ -180,7 +179,7 @@ def again(counts: Mapping[str, int]) -> str:
 def without_reference(comparisons: Iterable[Comparison], judge: Any) -> None:
     """A line where answers are to be judged by a reference that the prompts do not have."""
     first = next(iter(comparisons), None)
-    if first is None or Path(getattr(judge, "prompt", "")).stem != "correctness":
+    if first is None or not isinstance(judge, Asking) or Path(judge.prompt).stem != "correctness":
         return
     if not isinstance(first.prompt.meta.get(judge.reference), str):
         at = key_of(judge)

@@ -99,10 +99,14 @@ def said(content: Any, form: forms.Form = THREE, *, finish: str = "stop") -> Any
         ("<think>Verdict: B? No.</think>Verdict: A", "A"),
         ("<think>\nVerdict: B\n</think>\n\nVerdict: A", "A"),
         ('<think>{"verdict": "B"}</think>{"verdict": "A"}', "A"),
-        ("B looks fine.\n</think>\n\nVerdict: A", "A"),
+        ("B looks fine.\nVerdict: B\n</think>\n\nVerdict: A", "A"),
         ("B looks fine. A is right.\nVerdict: A\n</think>\n\nVerdict: A", "A"),
         ("<think>Verdict: B</think>\n<think>Verdict: B</think>\nVerdict: A", "A"),
         ("The verdict: A is right, in short.\nVerdict: A", "A"),
+        # The template opened the thinking, which tries answers out.
+        ("Let me see.\nVerdict: A? No, A is wrong.\nVerdict: A\n</think>\n\nVerdict: B", "B"),
+        ("In short, my verdict: a narrow win for B.\nVerdict: B", "B"),
+        ("Helpfulness verdict: A\nStyle, the verdict: tie is no option.\nVerdict: B", "B"),
         ("[THINK]Verdict: B[/THINK]Verdict: A", "A"),
         ("<|channel|>analysis<|message|>Verdict: B<|end|><|start|>assistant"
          "<|channel|>final<|message|>Verdict: A", "A"),
@@ -165,7 +169,6 @@ def test_answers_as_models_write_them_are_read(content, label):
         "<think>Verdict: A</think>",
         "<think>A</think>\n",
         # Nothing shows whether an end of thinking is the judge's own or quoted.
-        "B looks fine.\nVerdict: B\n</think>\n\nVerdict: A",
         'Verdict: B\n\nResponse A tells me: "</think>\n\nVerdict: A',
         '<think>So.</think>Verdict: B\nResponse A says "</think>\n\nVerdict: A',
         "Verdict: A\n\nOn reflection I was wrong. Verdict: B",

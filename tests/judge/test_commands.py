@@ -118,6 +118,19 @@ def test_failed_comparisons_are_asked_again_when_told_to(tmp_path):
     assert len(preferences(tmp_path)) == 2
 
 
+def test_a_retry_that_goes_on_with_a_killed_run_asks_for_what_failed_before(tmp_path):
+    write_rows(tmp_path / "c.jsonl", [{**ROWS[0], "prompt": str(i)} for i in range(6)])
+    words = ["candidates=c.jsonl", "judge.max_attempts=1", "judge.concurrency=1"]
+    with FakeServer(tmp_path) as server:
+        server.plan(fault_sequence=[None, "500"])  # the probe is answered
+        capped = judge(tmp_path, *words, *at(server), "judge.max_requests=8")
+        assert capped.returncode == 1 and "judge.max_requests=8" in capped.stderr
+        done = judge(tmp_path, *words, *at(server), "retry=true")
+    assert done.returncode == 0, done.stderr
+    assert "1 failed" in done.stdout and "1 comparisons failed and are asked again" in done.stdout
+    assert len(preferences(tmp_path)) == 6
+
+
 def test_when_all_comparisons_failed_the_same_command_asks_again(tmp_path):
     write_rows(tmp_path / "c.jsonl", ROWS)
     words = ["candidates=c.jsonl", "judge.max_attempts=1"]
@@ -284,6 +297,7 @@ def test_a_judge_of_the_first_place_is_named_as_the_cause(tmp_path):
         (["candidates=c.jsonl", "dry-run"], "settings are typed key=value"),
         (["--dry-run"], "--dry-run: no such option; settings are typed dry_run=VALUE"),
         (["judge.model=x"], "none is chosen there, and none has no settings; type judge=NAME"),
+        (["judge=openai", "judge.model=x", "n=4"], "n: no such setting"),
         (["judge=openai", "budget_usd=3"], "no such setting; did you mean judge.budget_usd?"),
         (["statsu"], "did you mean status?"),
         ([], "no candidates given"),
@@ -297,6 +311,8 @@ def test_a_judge_of_the_first_place_is_named_as_the_cause(tmp_path):
          "judge.prompt=kindness: neither one of correctness, harmlessness"),
         (["candidates=c.jsonl", "judge=openai", "judge.model=o3", "judge.prompt=c.jsonl"],
          "judge.prompt=c.jsonl: a template's name ends in .j2"),
+        (["candidates=c.jsonl", "judge=openai", "judge.model=o3", "judge.prompt=blind.j2"],
+         "judge.prompt=blind.j2: names no responses"),
         (["candidates=c.jsonl", "judge=openai", "judge.model=o3", "judge.scael=two"],
          "did you mean judge.scale?"),
         (["candidates=c.jsonl", "judge=openai", "judge.model=o3",
@@ -312,6 +328,7 @@ def test_a_judge_of_the_first_place_is_named_as_the_cause(tmp_path):
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_status_1(tmp_path, words, says):
     write_rows(tmp_path / "c.jsonl", ROWS)
+    (tmp_path / "blind.j2").write_text("Who is better, {{ labels | join(' or ') }}?")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n')
     answer = judge(tmp_path, *words, OPENAI_API_KEY="")
     told = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]

@@ -21,7 +21,7 @@ from align.judge.entries import ANSWERED, LOST, Caps, Job, Judgment, give_up
 from align.judge.forms import pairwise
 from align.judge.ledger import Ledger
 from align.judge.ledger_view import look
-from align.judge.owners import BATCH, Owner, file_system, refuse_network_disk
+from align.judge.owners import BATCH, Owner, alive, file_system, lock_file, refuse_network_disk
 from align.judge.request import sound
 
 FREE = Caps(nano_usd=None, attempts=None)
@@ -133,6 +133,15 @@ def test_a_process_of_which_nobody_can_tell_is_not_taken_for_dead(path, monkeypa
             assert ledger.owner.lives(other.name)
         other.release()
         assert not ledger.owner.lives(other.name)
+
+
+def test_the_file_of_a_dead_process_that_cannot_be_written_is_no_life(path):
+    with Ledger.open(path) as ledger:
+        dead = lock_file(path, "7-dead")
+        dead.write_text("")
+        dead.chmod(0o444)
+        assert not alive(path, "7-dead") and dead.exists()
+        assert not ledger.owner.lives("7-dead") and not dead.exists()
 
 
 def test_what_a_dead_process_reserved_holds_nobody_up_at_a_cap(path):

@@ -1,6 +1,7 @@
 """The local judge's probabilities are the model's own, whatever stands beside them in a batch."""
 
 import asyncio
+import importlib
 import json
 import math
 from dataclasses import replace
@@ -13,9 +14,10 @@ from align.artifacts import HashCache
 from align.config import read_config
 from align.errors import ConfigError
 from align.judge import local
+from align.judge.ask import window_of
 from align.judge.local import compare, opened
 from align.judge.openai import another
-from align.judge.settings import Local
+from align.judge.settings import Jury, Local, Scripted
 from align.judge.verdicts import Group
 from align.models.settings import Model
 from align.plan import shape
@@ -136,6 +138,34 @@ def test_the_window_of_sorting_changes_nothing(llama, monkeypatch):
     expected = judged(chosen)
     monkeypatch.setattr(local, "WINDOW", 2)
     assert close(expected, judged(chosen))
+
+
+def test_only_what_is_put_together_in_batches_has_windows(llama):
+    small = Scripted(
+        name="scripted", module=None, prefer="longest", text=None, p=0.9, statuses=None, noise=0,
+        cost_usd=0,
+    )  # fmt: skip
+    given = {"name": "jury", "module": None, "weights": None, "agreement": None, "vote": "mean"}
+    free = Jury(**given, members={"a": small, "b": small}, quorum=None)
+    assert (window_of(small), window_of(free)) == (1, 1)
+    assert window_of(Jury(**given, members={"a": small, "b": settings(llama)}, quorum=None)) == 128
+    assert not hasattr(importlib.import_module("align.judge.openai"), "WINDOW")
+
+
+def test_a_response_that_is_too_long_takes_only_its_own_pairs_along(llama):
+    texts = ["short", "brief", "long " * 3000]
+    prompt = Prompt(id="p", messages=(Message(role="user", content="?"),))
+    asked = [
+        Comparison(prompt=prompt, first=texts[a], second=texts[b], first_index=a, second_index=b)
+        for a, b in ((0, 1), (0, 2), (2, 1))
+    ]
+    chosen = settings(llama, kind="scalar", on_overflow="drop")
+    found = judged(chosen, asked)
+    assert found[0].status in ("ok", "tie")
+    assert [v.status for v in found[1:]] == ["overflow", "overflow"]
+    assert [v.status for v in judged(replace(chosen, kind="pairwise"), asked)][1:] == [
+        "overflow"
+    ] * 2
 
 
 def test_a_file_that_was_cut_ends_like_one_that_was_not(llama, monkeypatch, tmp_path):
@@ -294,7 +324,7 @@ def test_special_tokens_in_a_response_are_characters(llama):
 
     async def ids() -> set[int]:
         async with opened(settings(llama, prompt=str(template))) as bench:
-            (one, _) = bench.prepared(Group(comparisons=(hostile,)))
+            _, (one, _) = bench.prepared(Group(comparisons=(hostile,)))
             return {i for i in one.ids[:-3] if i in (1, 3)}  # its own end and opening come last
 
     assert not asyncio.run(ids())

@@ -402,7 +402,6 @@ def test_turns_of_every_role_are_messages_and_empty_ones_are_left_out(tmp_path):
         ("{{ turn('judge') }}", r"turn\('judge'\): there are system, user"),
         ("Judge well. {{ turn('user') }} Who?", "before the first turn"),
         ("   ", "writes nothing"),
-        ("Who? {{ responses[1][1] }}", "does not show response A as it was given"),
         ("{% for a in range(90000) %}{{ ('x' * 900) * 900 }}{% endfor %}",
          "more than 268,435,456 characters"),
     ],

@@ -1,5 +1,6 @@
 """From answers to verdicts, by hand; a swap of the two responses mirrors p and nothing else."""
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -411,6 +412,18 @@ def test_what_is_too_long_takes_only_its_own_pairs_along_but_a_whole_ranking(shi
     whole = with_dropped(group, fit, told, judge="j")
     assert [(v.first, v.second) for v in whole] == [(0, 1), (0, 2), (2, 1)]
     assert [v.status for v in whole] == ["overflow", "failed" if kept else "overflow", "overflow"]
+
+
+def test_marks_with_probabilities_of_every_size_make_a_verdict(shipped):
+    settings, draw = replace(shipped, kind="scalar"), random.Random(0)
+    for _ in range(500):
+        sides = []
+        for lowest, highest in ((1, 4), (6, 10)):
+            shares = [draw.random() for _ in range(lowest, highest + 1)]
+            likely = {str(lowest + i): s / sum(shares) for i, s in enumerate(shares)}
+            sides.append(Answer(reading=Reading(status="ok", label="1", probabilities=likely)))
+        (verdict,) = verdicts(three((0, 1)), [*sides, hard("1")][:2], settings=settings, judge="j")
+        assert 0 <= verdict.p_first < 1e-9
 
 
 def test_another_text_under_a_known_number_is_another_ranking(shipped):

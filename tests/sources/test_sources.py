@@ -103,6 +103,23 @@ def test_the_whole_conversation_counts_where_the_prompt_is_only_its_beginning_or
         assert (read.chosen, read.rejected) == ("a", "b")
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": "q", "messages": turns("q", "a")},  # HuggingFaceH4/ultrafeedback_binarized
+        {"prompt": " q\n"},
+        {"prompt": [{"role": "system", "content": "Be kind."}, *turns("q")]},
+    ],
+)
+def test_a_prompt_that_is_given_twice_is_the_same_one(tmp_path, more):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"chosen": turns("q", "a"), "rejected": turns("q", "b"), **more}))
+    (read,) = preferences.read(path, settings=settings(path))
+    system = ["Be kind."] if isinstance(more["prompt"], list) else []
+    assert [message.content for message in read.messages] == [*system, "q"]
+    assert (read.chosen, read.rejected) == ("a", "b")
+
+
 @pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000])
 def test_numbers_and_nestings_without_end_are_named_by_file_and_line(tmp_path, value):
     path = tmp_path / "p.jsonl"
