@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from typing import Any
 
 from align.errors import AlignError, JudgeError, keyed
+from align.judge.settings import Jury
 from align.named import named_module
 from align.records import Comparison, Verdict
 
@@ -31,11 +32,11 @@ async def verdicts_of(
 
 def window_of(settings: Any) -> int:
     """How many comparisons a judge looks at together, so that its file may only be cut between
-    them: its module's WINDOW, 1 where it has none.
+    them: its module's WINDOW, 1 where it has none; of a jury, the most of its members.
     """
+    if isinstance(settings, Jury):
+        return max(map(window_of, settings.members.values()))
     module = named_module("align.judge", settings.name, settings.module)
-    if hasattr(module, "window"):
-        return int(module.window(settings))
     return int(getattr(module, "WINDOW", 1))
 
 

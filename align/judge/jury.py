@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from align.checks import check_file, check_range
 from align.errors import ConfigError, JudgeError
-from align.judge.ask import verdicts_of, window_of
+from align.judge.ask import verdicts_of
 from align.judge.settings import Jury
 from align.judge.verdicts import Group, without
 from align.records import OK, TIE, Comparison, Verdict
@@ -56,11 +56,6 @@ async def compare(comparisons: Iterable[Comparison], *, settings: Jury) -> Async
             votes = dict(zip(weights, found, strict=True))
             yield combined(comparison, votes, weights=weights, settings=settings)
         await side_by_side([member.end() for member in members])
-
-
-def window(settings: Jury) -> int:
-    """How many comparisons a member looks at together; see `ask.window_of`."""
-    return max(window_of(settings.members[name]) for name in voters(settings))
 
 
 @contextlib.asynccontextmanager

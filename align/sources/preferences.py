@@ -43,8 +43,8 @@ def last_turns(line: Mapping[str, Any]) -> Mapping[str, Any]:
     if len(set(contexts)) > 1:
         raise DataError('"chosen" and "rejected" answer different conversations')
     if contexts and contexts[0]:
-        if plain.get("messages") == line["chosen"]:  # of some releases, the answer included
-            plain.pop("messages")
+        if "messages" in plain and plain["messages"] == line.get("chosen"):
+            plain.pop("messages")  # of some releases: the answer included
         apart = read_messages(plain) if "messages" in plain or "prompt" in plain else ()
         plain.pop("prompt", None)
         plain["messages"] = [m.to_json() for m in whole(contexts[0], apart)]

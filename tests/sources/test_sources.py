@@ -84,6 +84,7 @@ def turns(*texts: str) -> list[dict]:
         ({"chosen": turns("q", "a"), "rejected": turns("b")}, "the last turn of .rejected. is not"),
         ({"chosen": turns("q", "a", "thanks"), "rejected": turns("q", "b")}, "is not the assis"),
         ({"prompt": "p", "chosen": turns("q", "a"), "rejected": turns("q", "b")}, "another conv"),
+        ({"messages": turns("q"), "rejected": turns("q", "b")}, "no .chosen."),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": math.nan}, "margin.*nan, not a"),
     ],
 )
