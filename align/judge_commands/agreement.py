@@ -1,5 +1,6 @@
 """`python -m align.judge agreement pairs=FILE …`: a judge against people, as a page and as JSON."""
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -143,8 +144,8 @@ def asked(settings: Agreeing, pairs: list[JudgedPair]) -> list[Verdict | None]:
 
     if settings.retry and path.exists():
         counts = Counter(verdict.status for verdict in read_verdicts(path))
-        if counts["failed"]:
-            path.unlink()
+        if counts["failed"]:  # nothing is lost where that fails
+            path.rename(path.with_suffix(f".retried-{time.time_ns()}"))
     judge_missing(comparisons, judge=settings.judge, path=path, title="judge")
     said = Said(path)
     found = [said.on([comparison(pair)]) for pair in pairs]

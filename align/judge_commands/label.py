@@ -219,7 +219,8 @@ def told_estimate(judge: Openai, found: "Estimate") -> str:
         f"about {told_time(found.seconds)}, at {found.latency:.1f} s a request ({found.basis}) "
         f"and {judge.concurrency} at a time"
     )
-    time = "within a day a batch" if judge.batch else time
+    if judge.batch:
+        time = "within a day a batch"
     budget = judge.budget_usd
     if budget is not None and usd(found.cost) > budget:
         time += f"\nmore than judge.budget_usd={budget:g}, which would stop it before its end"

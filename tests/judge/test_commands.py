@@ -160,6 +160,8 @@ def test_agreement_asks_again_where_the_judge_failed_when_told_to(tmp_path):
         assert again.returncode == 0 and server.stats()["received"] == 1
     report = json.loads((tmp_path / "agreement" / "agreement.json").read_text())
     assert report["statuses"] == {"ok": 2}
+    (aside,) = (tmp_path / "agreement").glob("verdicts-*.retried-*")
+    assert aside.read_text().count('"failed"') == 1
 
 
 def test_status_tells_progress_spending_and_what_was_possibly_billed(tmp_path):
