@@ -1107,7 +1107,10 @@ class Connection(asyncio.Protocol):
         self.timer = asyncio.get_running_loop().call_later(delay, action, *args)
 
     def deliver(self, reply: Reply) -> None:
-        """Sends the reply as it is meant to travel; a client that has gone gets nothing."""
+        """Sends the reply as it is meant to travel; a client that has gone gets nothing.
+
+        Counted and logged before its last byte leaves, so that who has it finds it in the log.
+        """
         if self.transport.is_closing():
             return
         match reply.delivery:
@@ -1118,25 +1121,26 @@ class Connection(asyncio.Protocol):
                 reset_on_close(self.transport.get_extra_info("socket"))
                 self.transport.abort()
             case "cut":
-                self.transport.write(reply.head() + reply.body[: len(reply.body) // 2])
                 self.end(reply)
+                self.transport.write(reply.head() + reply.body[: len(reply.body) // 2])
                 self.transport.close()
             case "slow":
                 self.transport.write(reply.head())
                 self.send_pieces(reply, split(reply.body, SLOW_PIECES))
             case _:
-                self.transport.write(reply.head() + reply.body)
                 self.end(reply)
+                self.transport.write(reply.head() + reply.body)
                 self.next()
 
     def send_pieces(self, reply: Reply, pieces: list[bytes]) -> None:
         if self.transport.is_closing():
             return
-        self.transport.write(pieces[0])
         if pieces[1:]:
+            self.transport.write(pieces[0])
             self.later(SLOW_PAUSE, self.send_pieces, reply, pieces[1:])
         else:
             self.end(reply)
+            self.transport.write(pieces[0])
             self.next()
 
     def end(self, reply: Reply) -> None:
