@@ -4,25 +4,42 @@ merged.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from align.artifacts import read_json, write_json
 from align.errors import ConfigError, StageError
 from align.models.settings import Lora
 
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
-def add_lora(model: Any, *, settings: Lora, seed: int) -> Any:
-    """The model with a fresh trainable adapter called "default"; its output is at first exactly the
-    base's.
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """An adapter's folder, read: its configuration and its weights under the names that files
+    have.
+    """
+
+    config: Any
+    state: dict[str, torch.Tensor]
+
+
+def add_lora(model: Any, *, settings: Lora, seed: int, name: str = "default") -> Any:
+    """The model with a fresh trainable adapter; its output is at first exactly the base's.
 
         W x  becomes  W x + (alpha / rank) B A x,    A random from `seed`, B = 0
 
-    Hu et al. 2021, arXiv:2106.09685, section 4.1. `prepare_model_for_kbit_training` is not called:
-    it would turn embeddings, norms and head of the base to float32, so that policy and reference
-    would differ in their base.
+    Hu et al. 2021, arXiv:2106.09685, section 4.1; with DoRA the sum is also scaled, column by
+    column, to a trained magnitude (Liu et al. 2024, arXiv:2402.09353, eq. 5).
+    `prepare_model_for_kbit_training` is not called: it would turn embeddings, norms and head of the
+    base to float32, so that policy and reference would differ in their base.
 
     Raises:
         ConfigError: `adapter.target_modules` names no layer of the model.
@@ -32,13 +49,18 @@ def add_lora(model: Any, *, settings: Lora, seed: int) -> Any:
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by it, a float will do
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
+        use_dora=settings.name == "dora",
         task_type="CAUSAL_LM",
     )
     try:
         # The draw happens on the CPU, from its own generator state, whatever was drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            policy = get_peft_model(model, config)
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+                policy = model
+            else:
+                policy = get_peft_model(model, config, adapter_name=name)
     except ValueError as error:
         names = ", ".join(linear_names(model))
         raise ConfigError(
@@ -84,6 +106,35 @@ def load_adapter(model: Any, path: Path, *, trainable: bool = False) -> Any:
             "the same base wrote"
         ) from error
     return policy.train(trainable)
+
+
+def save_adapter(model: Any, folder: Path, *, name: str) -> None:
+    """One adapter of a model as plain PEFT; equal weights leave equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    model.peft_config[name].save_pretrained(str(folder))
+    config = read_json(folder / CONFIG) | {"inference_mode": True}
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # PEFT writes a set in the order of the hash seed
+    write_json(folder / CONFIG, config)
+
+
+def read_adapter(folder: Path) -> Saved:
+    """A saved adapter, without a model.
+
+    Raises:
+        StageError: there is none.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        return Saved(config=config, state=load_file(folder / WEIGHTS))
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StageError(
+            f"{folder}: no adapter stands there ({reason}); give the folder that a training wrote"
+        ) from error
 
 
 @contextmanager

@@ -1,0 +1,300 @@
+"""Roles on one base: whoever runs, runs alone; gradients, recomputation and the base stay right."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from align.errors import StageError
+from align.models.adapters import save_adapter
+from align.models.load import load_model
+from align.models.logprobs import last_hidden, token_logprobs
+from align.models.roles import Head, Roles, weights_hash
+from align.models.settings import Lora, Model
+from tests.conftest import model_settings, save_tiny
+
+IDS = torch.tensor([[7, 8, 9, 10, 11, 1], [20, 21, 22, 1, 0, 0]])
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]]).bool()
+
+
+def stirred(roles: Roles, name: str, *, seed: int) -> None:
+    """An adapter that does something: B drawn too."""
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in roles.adapter_parameters(name):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+
+
+def two_roles(model: Model, lora: Lora) -> Roles:
+    """A policy and a value, both trained, and the bare base as reference."""
+    roles = Roles(load_model(model))
+    for seed, name in enumerate(("policy", "value")):
+        roles.add(name, settings=lora, seed=seed)
+        stirred(roles, name, seed=seed)
+    roles.bind("reference")
+    return roles
+
+
+def logprobs(roles: Roles, name: str) -> torch.Tensor:
+    with roles.role(name) as model:
+        return token_logprobs(model, input_ids=IDS, response_mask=MASK)
+
+
+def joint_loss(roles: Roles) -> torch.Tensor:
+    """Forward as policy, then as value, one loss over both."""
+    return (logprobs(roles, "policy") * logprobs(roles, "value").exp()).sum()
+
+
+def gradients(roles: Roles) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in ("policy", "value"):
+        for i, parameter in enumerate(roles.adapter_parameters(name)):
+            assert parameter.grad is not None
+            found[f"{name}/{i}"] = parameter.grad.clone()
+            parameter.grad = None
+    return found
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def folder(request: Any, tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / request.param, request.param)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_the_reference_is_the_base_bit_for_bit_before_and_after_training(
+    tiny_folder: Path, lora: Lora, quantization: str
+) -> None:
+    model = model_settings(tiny_folder, quantization=quantization)
+    base = load_model(model)
+    with torch.no_grad():
+        bare = token_logprobs(base, input_ids=IDS, response_mask=MASK)
+    before = weights_hash(base)
+    roles = two_roles(model, lora)
+    assert weights_hash(roles.model) == before
+    with torch.no_grad():
+        assert torch.equal(logprobs(roles, "reference"), bare)
+        moved = logprobs(roles, "policy")
+        assert not torch.allclose(moved, bare)
+    optimizer = torch.optim.AdamW(
+        [*roles.parameters("policy"), *roles.parameters("value")], lr=1e-2
+    )
+    for _ in range(3):
+        joint_loss(roles).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        assert torch.equal(logprobs(roles, "reference"), bare)
+        assert not torch.allclose(logprobs(roles, "policy"), moved)
+    assert weights_hash(roles.model) == before
+
+
+def test_two_roles_in_one_loss_both_get_their_gradients(tiny: Model, lora: Lora) -> None:
+    roles = two_roles(tiny, lora)
+    joint_loss(roles).backward()
+    found = gradients(roles)
+    assert all(gradient.abs().sum() > 0 for gradient in found.values())
+    # One role at a time, with the other's part of the loss held fixed, gives the same.
+    (logprobs(roles, "policy") * logprobs(roles, "value").detach().exp()).sum().backward()
+    (logprobs(roles, "policy").detach() * logprobs(roles, "value").exp()).sum().backward()
+    for key, gradient in gradients(roles).items():
+        assert torch.allclose(gradient, found[key], rtol=1e-4, atol=1e-6), key
+
+
+def test_pefts_own_switch_loses_the_gradients_that_ours_keeps(tiny: Model, lora: Lora) -> None:
+    roles = two_roles(tiny, lora)
+    roles.switch("policy")
+    roles.model.set_adapter("policy")
+    policy = token_logprobs(roles.model, input_ids=IDS, response_mask=MASK)
+    roles.model.set_adapter("value")
+    value = token_logprobs(roles.model, input_ids=IDS, response_mask=MASK)
+    (policy * value.exp()).sum().backward()
+    assert all(p.grad is None for p in roles.adapter_parameters("policy"))
+
+
+def test_after_the_base_alone_was_asked_every_trained_role_still_trains(
+    tiny: Model, lora: Lora
+) -> None:
+    roles = two_roles(tiny, lora)
+    trained = {name: len(roles.parameters(name)) for name in ("policy", "value")}
+    logprobs(roles, "reference")
+    assert {name: len(roles.parameters(name)) for name in trained} == trained
+    with roles.model.disable_adapter():  # PEFT's: only the active adapter comes back trainable
+        pass
+    assert len(roles.parameters("policy")) + len(roles.parameters("value")) < 2 * len(
+        roles.adapter_parameters("policy")
+    )
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_recomputed_activations_are_those_of_the_role_that_ran_forward(
+    folder: Path, lora: Lora, variant: str
+) -> None:
+    lora = replace(lora, name=variant)
+    roles = two_roles(model_settings(folder), lora)
+    joint_loss(roles).backward()
+    plain = gradients(roles)
+    roles.recompute()
+    with roles.role("value"):  # whichever is at work when the backward pass comes
+        joint_loss(roles).backward()
+    for key, gradient in gradients(roles).items():
+        assert torch.allclose(gradient, plain[key], rtol=1e-4, atol=1e-6), key
+
+
+def test_recomputation_without_our_context_gives_wrong_gradients(tiny: Model, lora: Lora) -> None:
+    roles = two_roles(tiny, lora)
+    joint_loss(roles).backward()
+    plain = gradients(roles)
+    roles.same_role = lambda: (nullcontext(), nullcontext())  # type: ignore[method-assign]
+    roles.recompute()
+    with roles.role("value"):
+        joint_loss(roles).backward()
+    wrong = [
+        key
+        for key, gradient in gradients(roles).items()
+        if not torch.allclose(gradient, plain[key], rtol=1e-4, atol=1e-6)
+    ]
+    assert wrong
+
+
+def test_recomputation_really_happens_and_spares_sampling_its_cache(
+    tiny: Model, lora: Lora
+) -> None:
+    roles = two_roles(tiny, lora)
+    calls = []
+    layer = roles.model.get_base_model().model.layers[0].mlp
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    roles.recompute()
+    joint_loss(roles).backward()
+    assert len(calls) > 2  # once a role in forward, and again
+    with torch.no_grad(), roles.role("policy") as model:
+        out = model(input_ids=IDS, use_cache=True)
+    assert out.past_key_values.get_seq_length() == IDS.shape[1]
+
+
+def test_two_forward_passes_are_bit_identical_in_every_role(tiny_folder: Path, lora: Lora) -> None:
+    folder = tiny_folder
+    roles = two_roles(model_settings(folder), replace(lora, dropout=0.5))
+    for name in ("policy", "value", "reference"):
+        assert torch.equal(logprobs(roles, name), logprobs(roles, name))
+
+
+def test_after_a_pass_of_the_base_alone_training_keeps_its_gradient_through_4_bit_weights(
+    tiny_nf4: Model, lora: Lora
+) -> None:
+    roles = two_roles(tiny_nf4, lora)
+    joint_loss(roles).backward()
+    first = gradients(roles)
+    with torch.no_grad():
+        logprobs(roles, "reference")
+    joint_loss(roles).backward()
+    for key, gradient in gradients(roles).items():
+        assert torch.equal(gradient, first[key]), key
+
+
+def test_a_step_at_a_small_learning_rate_moves_adapters_on_a_bf16_base(
+    tiny: Model, lora: Lora
+) -> None:
+    roles = two_roles(replace(tiny, dtype="bfloat16"), lora)
+    before = [p.detach().clone() for p in roles.parameters("policy")]
+    assert {p.dtype for p in before} == {torch.float32}
+    optimizer = torch.optim.AdamW(roles.parameters("policy"), lr=1e-6, weight_decay=0.0)
+    logprobs(roles, "policy").sum().backward()
+    optimizer.step()
+    moved = [
+        (a != b).float().mean() for a, b in zip(before, roles.parameters("policy"), strict=True)
+    ]
+    assert min(moved) > 0.9
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_saved_role_is_plain_peft_and_comes_back_the_same(
+    folder: Path, lora: Lora, variant: str, tmp_path: Path
+) -> None:
+    roles = two_roles(model_settings(folder), replace(lora, name=variant))
+    save_adapter(roles.model, tmp_path / "saved", name="policy")
+    with torch.no_grad():
+        expected = logprobs(roles, "policy")
+        loaded = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            str(tmp_path / "saved"),
+        )
+        found = token_logprobs(loaded.eval(), input_ids=IDS, response_mask=MASK)
+        assert torch.allclose(found, expected, atol=1e-6)
+        again = Roles(load_model(model_settings(folder)))
+        again.load("other", tmp_path / "saved")
+        assert torch.allclose(logprobs(again, "other"), expected, atol=1e-6)
+        assert again.parameters("other") == []
+
+
+def test_a_copied_role_starts_alike_and_then_goes_its_own_way(tiny: Model, lora: Lora) -> None:
+    roles = two_roles(tiny, lora)
+    roles.copy("critic", "policy")
+    with torch.no_grad():
+        before = logprobs(roles, "policy")
+        assert torch.equal(logprobs(roles, "critic"), before)
+    optimizer = torch.optim.SGD(roles.parameters("critic"), lr=0.1)
+    logprobs(roles, "critic").sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(logprobs(roles, "policy"), before)
+        assert not torch.allclose(logprobs(roles, "critic"), before)
+
+
+def test_a_head_counts_in_float32_on_a_bf16_base(tiny: Model, lora: Lora) -> None:
+    roles = two_roles(replace(tiny, dtype="bfloat16"), lora)
+    head = Head(torch.randn(64, generator=torch.Generator().manual_seed(0)), bias=0.5)
+    roles.bind("value", adapter="value", head=head)
+    with torch.no_grad(), roles.role("value") as model:
+        hidden = last_hidden(model, IDS)
+        found = roles.head("value")(hidden)
+    assert hidden.dtype == torch.bfloat16 and found.dtype == torch.float32
+    expected = (hidden.double() * head.weight.double()).sum(-1) + 0.5
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert {id(p) for p in head.parameters()} < {id(p) for p in roles.parameters("value")}
+
+
+def test_an_adapter_of_another_shape_is_refused_in_one_line(
+    tiny: Model, lora: Lora, tmp_path: Path
+) -> None:
+    other = Roles(load_model(model_settings(save_tiny(tmp_path / "wide", hidden_size=128))))
+    other.add("policy", settings=lora, seed=0)
+    save_adapter(other.model, tmp_path / "saved", name="policy")
+    roles = two_roles(tiny, lora)
+    with pytest.raises(StageError, match="does not fit the base model") as raised:
+        roles.load("reward", tmp_path / "saved")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(StageError, match="no adapter stands there"):
+        roles.load("reward", tmp_path / "nothing")
+
+
+def test_a_role_with_a_model_of_its_own_runs_that(tiny: Model, lora: Lora) -> None:
+    roles = Roles(load_model(tiny))
+    own = load_model(tiny)
+    own.requires_grad_(True)
+    roles.bind("policy", model=own)
+    roles.bind("reference")
+    logprobs(roles, "policy").sum().backward()
+    assert len(roles.parameters("policy")) == len(list(own.parameters()))
+    assert all(p.grad is None for p in roles.model.parameters())
+
+
+def test_the_hash_sees_a_changed_base_weight_and_no_changed_adapter(
+    tiny: Model, lora: Lora
+) -> None:
+    roles = two_roles(tiny, lora)
+    before = weights_hash(roles.model)
+    stirred(roles, "policy", seed=5)
+    assert weights_hash(roles.model) == before
+    with torch.no_grad():
+        roles.model.get_base_model().model.norm.weight[0] += 1e-3
+    assert weights_hash(roles.model) != before
+
+
+def test_state_has_the_adapters_names_only_where_peft_wants_them(tiny: Model, lora: Lora) -> None:
+    roles = two_roles(tiny, lora)
+    keys = get_peft_model_state_dict(roles.model, adapter_name="value")
+    assert all("value" not in key and ".lora_" in key for key in keys)
