@@ -81,20 +81,56 @@ def token_logprobs(
         response_mask: [B, T], True where the token counts; the first token of a row has nothing
             before it and never does.
     """
+    found = scored_tokens(model, input_ids=input_ids, response_mask=response_mask).logprobs
+    rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)
+    whole = found.new_zeros(input_ids.shape)
+    return whole.index_put((rows, columns + 1), found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The M tokens of a batch that count, row after row.
+
+    Attributes:
+        logprobs: [M], nats.
+        hidden: [M, H], the decoder's output at the position before, from which each was predicted.
+        entropies: [M], nats, of the distribution that each was chosen from, where asked for.
+    """
+
+    logprobs: torch.Tensor
+    hidden: torch.Tensor
+    entropies: torch.Tensor | None = None
+
+
+def scored_tokens(
+    model: Any,
+    *,
+    input_ids: torch.Tensor,
+    response_mask: torch.Tensor,
+    temperature: float = 1.0,
+    entropies: bool = False,
+) -> Tokens:
+    """As `token_logprobs`, without the zeros between, and with what else the same pass knows.
+
+    Args:
+        temperature: logits are divided by it, as in sampling.
+        entropies: measure them too; meant for passes without gradients.
+    """
     rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)
     targets = input_ids[rows, columns + 1]
     bare = unwrapped(model)
     if has_linear_head(bare):
         hidden = last_hidden(model, input_ids)[rows, columns]
-        found = head_logprobs(bare.get_output_embeddings(), hidden, targets)
+        head = bare.get_output_embeddings()
+        found = head_logprobs(head, hidden, targets, temperature=temperature, entropies=entropies)
     else:
         # A head that scales or caps its logits (Gemma 2, Granite, Cohere) runs inside the model,
         # but is given only the positions that count.
-        with only_positions(bare, rows, columns):
+        with only_positions(bare, rows, columns) as seen:
             logits = model(input_ids=input_ids, use_cache=False).logits[0]
-        found = target_logprobs(logits, targets)
-    whole = found.new_zeros(input_ids.shape)
-    return whole.index_put((rows, columns + 1), found)
+        hidden = seen[0][0]
+        found = measured(logits, targets, temperature=temperature, entropies=entropies)
+    return Tokens(logprobs=found[0], hidden=hidden, entropies=found[1] if entropies else None)
 
 
 def unwrapped(model: Any) -> Any:
@@ -124,17 +160,21 @@ def last_hidden(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def only_positions(bare: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+def only_positions(
+    bare: Any, rows: torch.Tensor, columns: torch.Tensor
+) -> Iterator[list[torch.Tensor]]:
     """Within, the model's head sees [1, N, H], the hidden states at (rows, columns), instead of [B,
-    T, H].
+    T, H]; what it saw is in the list.
     """
+    seen: list[torch.Tensor] = []
 
     def select(module: Any, arguments: Any) -> tuple[torch.Tensor]:
-        return (arguments[0][rows, columns][None],)
+        seen.append(arguments[0][rows, columns][None])
+        return (seen[0],)
 
     handle = bare.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield
+        yield seen
     finally:
         handle.remove()
 
@@ -179,14 +219,21 @@ def probe_head(bare: Any) -> bool:
     return same_hidden and torch.equal(seen["logits"].float(), logits.float())
 
 
-def head_logprobs(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log p of `targets` [N] given `hidden` [N, H], [N]; logits of a chunk live only while it is
-    worked on.
+def head_logprobs(
+    head: Any,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    entropies: bool = False,
+) -> torch.Tensor:
+    """log p of `targets` [N] given `hidden` [N, H], and on demand the entropies: [1, N] or [2, N];
+    logits of a chunk live only while it is worked on.
     """
     size = max(1, CHUNK_VALUES // head.weight.shape[0])
 
     def chunk(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return target_logprobs(head(h), t)
+        return measured(head(h), t, temperature=temperature, entropies=entropies)
 
     if len(targets) <= size:
         return chunk(hidden, targets)
@@ -194,7 +241,21 @@ def head_logprobs(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tor
         checkpoint(chunk, hidden[i : i + size], targets[i : i + size], use_reentrant=False)
         for i in range(0, len(targets), size)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts, dim=-1)
+
+
+def measured(
+    logits: torch.Tensor, targets: torch.Tensor, *, temperature: float, entropies: bool
+) -> torch.Tensor:
+    """[1, N] or [2, N]: log softmax of [N, V] at `targets` [N], and the entropies."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    found = [target_logprobs(logits, targets)]
+    if entropies:
+        logprobs = logits.log_softmax(-1)
+        found.append(-(logprobs.exp() * logprobs).sum(-1))
+    return torch.stack(found)
 
 
 def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
