@@ -8,8 +8,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """`records`: the record class it trains on; `reference`: whether its loss needs the base's
-    log-probabilities.
+    log-probabilities; `reward`: whether it learns from rewards for its own answers.
     """
 
     records: type
     reference: bool
+    reward: bool = False

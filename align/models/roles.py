@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,14 @@ class Head(torch.nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """`adapter` None is the bare base; `model` None is the one that the roles share."""
+    """`adapter` None is the bare base; `model` None is the one that the roles share. A role that
+    is not the `owner` runs on another one's weights.
+    """
 
     adapter: str | None = None
     head: Head | None = None
     model: Any = None
+    owner: bool = True
 
 
 class Roles:
@@ -109,13 +112,13 @@ class Roles:
 
     # How roles come about.
 
-    def bind(
-        self, name: str, *, adapter: str | None = None, head: Head | None = None, model: Any = None
-    ) -> None:
-        """Gives a role's name to the bare base, to an adapter that is there, or to a model of its
-        own.
-        """
-        self.bound[name] = Role(adapter=adapter, head=head, model=model)
+    def bind(self, name: str, *, model: Any = None) -> None:
+        """Gives a role's name to the bare base, or to a model of its own."""
+        self.bound[name] = Role(model=model)
+
+    def attach(self, name: str, trunk: str, *, head: Head) -> None:
+        """A head on another role's weights, which stay that role's."""
+        self.bound[name] = replace(self.bound[trunk], head=head, owner=False)
 
     def add(self, name: str, *, settings: Lora, seed: int, head: Head | None = None) -> None:
         """A role with a fresh trainable adapter; it starts as the base."""
@@ -196,8 +199,10 @@ class Roles:
         head's.
         """
         bound = self.bound[name]
-        found = [] if bound.adapter is None else self.adapter_parameters(bound.adapter)
-        if bound.model is not None:
+        found: list[torch.nn.Parameter] = []
+        if bound.owner and bound.adapter is not None:
+            found = self.adapter_parameters(bound.adapter)
+        if bound.owner and bound.model is not None:
             found = list(bound.model.parameters())
         if bound.head is not None:
             found += list(bound.head.parameters())

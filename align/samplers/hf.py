@@ -48,7 +48,7 @@ class Row:
     sample: int
     noise: numpy.ndarray[Any, numpy.dtype[numpy.float64]]
     tokens: list[int] = field(default_factory=list)
-    logprob: float = 0.0
+    logprobs: list[float] = field(default_factory=list)
     finish: str = "length"
 
 
@@ -136,7 +136,7 @@ def finished(row: Row, tokenizer: PreTrainedTokenizerBase, seed: int) -> Respons
         text=str(text).strip(),
         finish=row.finish,
         tokens=tuple(row.tokens),
-        logprob=row.logprob,
+        logprob=sum(row.logprobs),
         seed=seed,
     )
 
@@ -176,7 +176,7 @@ def draw(
         for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
             if not done[i]:
                 alive[i].tokens.append(token)
-                alive[i].logprob += logprob
+                alive[i].logprobs.append(logprob)
                 if token in ends:
                     alive[i].finish, done[i] = "eos", True
         if all(done):

@@ -108,6 +108,20 @@ class TrainStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlineStage:
+    """`judge` gives rewards, where the algorithm asks one; `monitor` watches held-out prompts."""
+
+    version: ClassVar[int] = 1
+    model: Model
+    adapter: Lora
+    algorithm: Any
+    judge: Any
+    monitor: Any
+    max_length: int | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateStage:
     version: ClassVar[int] = 4
     model: Model

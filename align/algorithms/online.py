@@ -1,0 +1,126 @@
+"""What every training on a policy's own answers shares: its prompts, its rewards, its judge."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.algorithms.ppo.rollout import Question
+from align.artifacts import read_json
+from align.errors import ConfigError, StageError
+from align.models.roles import Roles
+from align.models.settings import Lora, Model
+from align.rewards.function import FunctionReward
+from align.rewards.judge import JudgeReward
+from align.rewards.role import RoleReward
+from align.rewards.settings import FUNCTION, JUDGE, ROLE, kind_of
+from align.rewards.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Online:
+    """A training on sampled answers, before any model is made for it.
+
+    Attributes:
+        base: the loaded base model, whole or quantized, in evaluation mode.
+        questions, held_out: prompts to train on, and prompts to watch.
+        reward_model: the folder that the reward stage wrote; None where there is none.
+        judge: settings of the judge that gives rewards; `monitor`: of the one that watches.
+    """
+
+    model: Model
+    adapter: Lora
+    base: Any
+    tokenizer: Any
+    questions: Sequence[Question]
+    held_out: Sequence[Question]
+    reward_model: Path | None
+    judge: Any
+    monitor: Any
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Mean and standard deviation of raw rewards on the reference's answers, and their extremes;
+    frozen.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    lowest: float | None = None
+    highest: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def calibrated(raw: Sequence[float | None], *, name: str) -> Calibration:
+    """From the raw rewards of the reference's answers.
+
+    Raises:
+        StageError: there are fewer than two, or they are all the same.
+    """
+    known = torch.tensor([value for value in raw if value is not None], dtype=torch.float64)
+    if len(known) < 2 or float(known.std()) < 1e-8:
+        what = f"all {known[0].item():g}" if len(known) > 1 else f"only {len(known)}"
+        raise StageError(
+            f"algorithm.reward={name}: of {len(raw)} answers of the starting policy the rewards are "
+            f"{what}, so there is nothing to learn from; check the source of rewards, or type "
+            "algorithm.calibrate=false if it only pays for answers that it never gives yet"
+        )
+    return Calibration(
+        mean=float(known.mean()),
+        std=float(known.std()),
+        lowest=float(known.min()),
+        highest=float(known.max()),
+    )
+
+
+def open_source(online: Online, roles: Roles, *, reward: str) -> Source:
+    """The source of rewards that `algorithm.reward` names.
+
+    Raises:
+        ConfigError: there is none; StageError: the reward model does not fit the base.
+    """
+    kind = kind_of(reward)
+    if kind == ROLE:
+        if online.reward_model is None:
+            raise ConfigError(
+                "algorithm.reward=role: no reward model was trained; add reward to stages, or type "
+                "algorithm.reward=FOLDER"
+            )
+        roles.load("reward", online.reward_model)
+        return RoleReward(roles)
+    if kind == JUDGE:
+        if online.judge is None:
+            raise ConfigError("algorithm.reward=judge: judge=none; type judge=NAME")
+        return JudgeReward(online.judge)
+    if kind == FUNCTION:
+        return FunctionReward(reward)
+    from align.rewards.model import ModelReward
+
+    return ModelReward(reward)
+
+
+def saved_calibration(online: Online, *, reward: str) -> Calibration | None:
+    """What the reward stage found on the reference's answers and saved with the reward model."""
+    if kind_of(reward) != ROLE or online.reward_model is None:
+        return None
+    path = online.reward_model / "reward.json"
+    try:
+        found = read_json(path)
+        return Calibration(
+            mean=float(found["mean"]),
+            std=float(found["std"]),
+            lowest=found.get("lowest"),
+            highest=found.get("highest"),
+        )
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise StageError(
+            f"{path}: no calibration of the reward model ({error}); remove its artifact and run "
+            "again"
+        ) from error

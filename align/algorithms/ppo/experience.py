@@ -1,0 +1,204 @@
+"""What one iteration learns from: rollouts with log-probabilities, values, rewards and
+advantages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from align.algorithms.ppo.advantages import (
+    Estimated,
+    gae,
+    k1,
+    leave_one_out,
+    token_rewards,
+    whiten,
+)
+from align.algorithms.ppo.loss import importance_weight
+from align.algorithms.ppo.rollout import Rollouts
+from align.algorithms.settings import Ppo
+from align.models.logprobs import (
+    Row,
+    collate,
+    last_hidden,
+    scored_tokens,
+    token_budget_batches,
+)
+from align.models.roles import Roles
+
+POLICY, REFERENCE, VALUE, REWARD = "policy", "reference", "value", "reward"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """What the models say of the rollouts before any step; each [N, R], 0 behind the end.
+
+    Attributes:
+        logprobs: of the policy by the training forward, at the sampling temperature.
+        values: [N, R], V of the state in which each token was chosen; 0 without a value function.
+        behind: [N], V behind the last token; 0 where it is not asked for.
+    """
+
+    logprobs: torch.Tensor
+    reference_logprobs: torch.Tensor
+    values: torch.Tensor
+    entropies: torch.Tensor
+    behind: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """N answers of all processes, on the CPU.
+
+    Attributes:
+        scores: [N], calibrated and clipped, as they count.
+        raw: [N], as their source gave them.
+        taught: [N], False where there is no score, so that the answer teaches nothing.
+    """
+
+    rollouts: Rollouts
+    passes: Passes
+    scores: torch.Tensor
+    raw: torch.Tensor
+    taught: torch.Tensor
+
+    def mask(self) -> torch.Tensor:
+        """[N, R], True where a token counts and teaches."""
+        return self.rollouts.response_mask() & self.taught[:, None]
+
+    def kl(self) -> torch.Tensor:
+        """[N, R], k1 to the reference."""
+        found = k1(self.passes.logprobs, self.passes.reference_logprobs)
+        return found * self.rollouts.response_mask()
+
+
+@torch.no_grad()
+def passes(roles: Roles, rollouts: Rollouts, *, settings: Ppo) -> Passes:
+    """One forward pass of policy and reference each, and of the value role where it has its own
+    adapter.
+    """
+    rows = rollouts.rows
+    shape = rollouts.response_mask().shape
+    found = {key: torch.zeros(shape) for key in ("policy", "reference", "values", "entropies")}
+    behind = torch.zeros(len(rows))
+    want_behind = settings.truncated == "bootstrap"
+    for batch in token_budget_batches(
+        [len(row) for row in rows], budget=settings.micro_batch_tokens
+    ):
+        packed = collate([rows[i] for i in batch], device=roles.model.device)
+        where = torch.tensor(batch)
+        mask = rollouts.response_mask()[where]
+
+        def put(key: str, tokens: torch.Tensor, where=where, mask=mask) -> None:  # type: ignore[no-untyped-def]
+            part = torch.zeros(mask.shape)
+            part[mask] = tokens.float().cpu()
+            found[key][where] = part
+
+        given = {"input_ids": packed.input_ids, "response_mask": packed.response_mask}
+        with roles.role(POLICY) as model:
+            tokens = scored_tokens(model, **given, temperature=settings.temperature, entropies=True)
+            assert tokens.entropies is not None
+            put("policy", tokens.logprobs)
+            put("entropies", tokens.entropies)
+        with roles.role(REFERENCE) as model:
+            put(
+                "reference",
+                scored_tokens(model, **given, temperature=settings.temperature).logprobs,
+            )
+        if settings.value == "trunk":
+            put("values", roles.head(VALUE)(tokens.hidden))
+        elif settings.value == "adapter":
+            put("values", values_of(roles, **given))
+        if want_behind:
+            behind[where] = last_value(roles, [rows[i] for i in batch]).float().cpu()
+    return Passes(
+        logprobs=found["policy"],
+        reference_logprobs=found["reference"],
+        values=found["values"],
+        entropies=found["entropies"],
+        behind=behind,
+    )
+
+
+def values_of(
+    roles: Roles, *, input_ids: torch.Tensor, response_mask: torch.Tensor
+) -> torch.Tensor:
+    """[M], the value role's V of the state in which each token that counts was chosen: from the
+    position before it.
+    """
+    rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)
+    with roles.role(VALUE) as model:
+        hidden = last_hidden(model, input_ids)[rows, columns]
+        found: torch.Tensor = roles.head(VALUE)(hidden)
+    return found
+
+
+def last_value(roles: Roles, rows: Sequence[Row]) -> torch.Tensor:
+    """[B], V of the state behind each row's last token."""
+    ids = collate(rows, device=roles.model.device).input_ids
+    ends = torch.tensor([len(row) - 1 for row in rows], device=ids.device)
+    # A value on the trunk is a role with the policy's adapter.
+    with roles.role(VALUE) as model:
+        hidden = last_hidden(model, ids)[torch.arange(len(rows), device=ids.device), ends]
+        found: torch.Tensor = roles.head(VALUE)(hidden)
+    return found
+
+
+def estimate(experience: Experience, *, beta: float, settings: Ppo) -> Estimated:
+    """Advantages and returns over the rows of all processes."""
+    mask = experience.mask()
+    rewards = token_rewards(
+        experience.scores, experience.kl(), experience.rollouts.response_mask(), beta=beta
+    )
+    if settings.value == "none":
+        found = leave_one_out(rewards * mask, taught_groups(experience), mask)
+    else:
+        bootstrap = None
+        if settings.truncated == "bootstrap":
+            bootstrap = experience.passes.behind * ~experience.rollouts.ended
+        found = gae(
+            rewards * mask,
+            experience.passes.values,
+            mask,
+            gamma=settings.gamma,
+            lam=settings.lam,
+            bootstrap=bootstrap,
+        )
+    if settings.whiten:
+        found = replace(found, advantages=whiten(found.advantages, mask))
+    return found
+
+
+def taught_groups(experience: Experience) -> torch.Tensor:
+    """[N]; an answer without a score is nobody's sibling."""
+    groups = experience.rollouts.groups
+    alone = groups.max() + 1 + torch.arange(len(groups))
+    return torch.where(experience.taught, groups, alone)
+
+
+def sampler_weights(experience: Experience, *, settings: Ppo) -> torch.Tensor:
+    """[N, R], truncated importance weights of the trainer's distribution over the sampler's; 1
+    where they are switched off.
+    """
+    old, drawn = experience.passes.logprobs, experience.rollouts.sampler_logprobs
+    if settings.importance_cap is None:
+        return torch.ones_like(old)
+    return importance_weight(old, drawn, most=settings.importance_cap)
+
+
+def final_scores(
+    raw: torch.Tensor, ended: torch.Tensor, *, mean: float, std: float, settings: Ppo
+) -> torch.Tensor:
+    """[N], what a source's scores count: calibrated, clipped, and where an answer was cut, what the
+    settings say.
+
+        s = clip((raw - mean) / std, -c, c);    a cut answer scores exactly `penalty` with
+        truncated=penalty, 0 with bootstrap (the value goes on for it), s with score
+    """
+    scores = ((raw - mean) / std).clamp(-settings.reward_clip, settings.reward_clip)
+    if settings.truncated == "penalty":
+        return torch.where(ended, scores, torch.full_like(scores, settings.penalty))
+    if settings.truncated == "bootstrap":
+        return torch.where(ended, scores, torch.zeros_like(scores))
+    return scores

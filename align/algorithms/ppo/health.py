@@ -1,0 +1,92 @@
+"""What goes wrong in a PPO run, told in plain words with what to try."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from align.algorithms.settings import Ppo
+
+SETTLED = 5  # iterations after which a trend means something
+FAR_RATIO = 0.5  # standard deviation of the probability ratio within one iteration
+LOW_ENTROPY = 0.2  # of what it was at first
+LENGTHS = (1 / 3, 3.0)  # times the first length
+CLIPPED_SHARE = 0.25
+
+
+def hopeless(measured: Mapping[str, float]) -> str | None:
+    """Why a run cannot recover, None where it can."""
+    for key in ("policy_loss", "value_loss", "grad_norm", "kl"):
+        if not math.isfinite(measured[key]):
+            return f"{key} is {measured[key]}"
+    return None
+
+
+def warnings_of(
+    history: Sequence[Mapping[str, float]],
+    *,
+    settings: Ppo,
+    reward_range: tuple[float, float] | None,
+) -> dict[str, str]:
+    """What is odd in the newest iteration, by a short name.
+
+    Args:
+        history: measures by iteration, the newest last.
+        reward_range: lowest and highest raw reward of reference answers, where known.
+    """
+    now, first = history[-1], history[0]
+    found: dict[str, str] = {}
+    if now["kl"] < -max(1.0, 3 * now["kl_error"]):
+        found["negative_kl"] = (
+            f"KL is {now['kl']:.2f} nats an answer, and a KL cannot be negative: the answers were "
+            "not drawn from the policy that scores them. Check algorithm.top_p=1, algorithm.top_k=0 "
+            "and, with a sampler of its own, algorithm.importance_cap=2"
+        )
+    if now["ratio_std"] > FAR_RATIO:
+        found["ratio"] = (
+            f"the policy moves far within one iteration (the probability ratio spreads by "
+            f"{now['ratio_std']:.2f}). Lower algorithm.learning_rate (now "
+            f"{settings.learning_rate:g}) or algorithm.epochs, or set algorithm.target_kl=0.05"
+        )
+    if len(history) > SETTLED and now["entropy"] < LOW_ENTROPY * first["entropy"]:
+        found["entropy"] = (
+            f"entropy fell from {first['entropy']:.2f} to {now['entropy']:.2f} nats a token: the "
+            "policy says nearly the same each time. Raise algorithm.beta or lower "
+            "algorithm.learning_rate"
+        )
+    times = now["length"] / max(first["length"], 1e-9)
+    if len(history) > SETTLED and not LENGTHS[0] < times < LENGTHS[1]:
+        way = "longer" if times > 1 else "shorter"
+        found["length"] = (
+            f"answers run {way}: {now['length']:.0f} tokens, {first['length']:.0f} at first. Look "
+            "at samples.jsonl; the reward may pay for length. Raise algorithm.beta, or train the "
+            "reward model on pairs of equal length"
+        )
+    if now["eos_rate"] < 0.5 and now["eos_rate"] < first["eos_rate"] - 0.2:
+        found["eos"] = (
+            f"only {now['eos_rate']:.0%} of the answers end by themselves ({first['eos_rate']:.0%} "
+            "at first). Raise algorithm.max_new_tokens, or lower algorithm.penalty"
+        )
+    if now["clipped_rewards"] > CLIPPED_SHARE:
+        found["reward_range"] = (
+            f"{now['clipped_rewards']:.0%} of the rewards lie beyond algorithm.reward_clip="
+            f"{settings.reward_clip:g}: the reward model is out of the range that it was "
+            "calibrated on. Look at samples.jsonl for what it overrates, raise algorithm.beta, or "
+            "train it on answers of the new policy"
+        )
+    elif reward_range is not None and now["reward"] > reward_range[1]:
+        found["reward_range"] = (
+            f"the mean reward {now['reward']:.2f} is beyond the best reference answer's "
+            f"({reward_range[1]:.2f}): the reward model judges what it never saw. Compare with the "
+            "judge's curve, raise algorithm.beta, or train it on answers of the new policy"
+        )
+    low, high = settings.kl_band
+    if len(history) > SETTLED and now["kl"] > high:
+        found["kl_band"] = (
+            f"KL is {now['kl']:.1f} nats an answer, above algorithm.kl_band=[{low:g},{high:g}]. "
+            f"Raise algorithm.beta (now {now['beta']:.3g}) or lower algorithm.learning_rate"
+        )
+    if now["taught"] < 1:
+        found["left_out"] = (
+            f"{1 - now['taught']:.0%} of the answers have no reward and teach nothing. See what "
+            "the source of rewards says of them"
+        )
+    return found

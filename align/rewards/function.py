@@ -1,0 +1,93 @@
+"""Rewards from a Python function of the user's, sync or async."""
+
+import asyncio
+import importlib
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+from align.errors import ConfigError, StageError
+from align.rewards.source import Sample
+
+
+class FunctionReward:
+    """`path.to:function`, called as function(prompts, responses) with two lists of equal length:
+    `Prompt` records (`.messages`, `.meta`) and texts. It returns a number for each, or None.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        self.function = found(path)
+
+    def scores(self, samples: Sequence[Sample]) -> list[float | None]:
+        """
+        Raises:
+            StageError: the function failed, or gave something else than a number for each.
+        """
+        given = self.called([s.prompt for s in samples], [s.text for s in samples])
+        if not isinstance(given, Sequence | set) and hasattr(given, "tolist"):
+            given = given.tolist()  # a tensor or an array
+        if not isinstance(given, Sequence) or len(given) != len(samples):
+            count = len(given) if isinstance(given, Sequence) else type(given).__name__
+            raise self.refused(
+                f"gave {count} for {len(samples)} responses", "return one number for each, in order"
+            )
+        return [self.checked(value, sample) for value, sample in zip(given, samples, strict=True)]
+
+    def called(self, prompts: list[Any], responses: list[str]) -> Any:
+        try:
+            given = self.function(prompts, responses)
+            if inspect.isawaitable(given):
+                return asyncio.run(awaited(given))
+            return given
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise self.refused(
+                f"failed at {last.filename}:{last.lineno} ({type(error).__name__}: {error})",
+                "mend it",
+            ) from error
+
+    def checked(self, value: Any, sample: Sample) -> float | None:
+        if value is None:
+            return None
+        if not isinstance(value, Real) or not math.isfinite(float(value)):
+            raise self.refused(
+                f"gave {value!r} for a response to prompt {sample.prompt.id}",
+                "return finite numbers, or None where there is none",
+            )
+        return float(value)
+
+    def refused(self, what: str, remedy: str) -> StageError:
+        told = " ".join(what.split())
+        return StageError(
+            f"algorithm.reward={self.name}: {told}; {remedy}, and the same command goes on from "
+            "the last checkpoint"
+        )
+
+
+async def awaited(given: Any) -> Any:
+    return await given
+
+
+def found(path: str) -> Callable[[list[Any], list[str]], Any]:
+    """The function of a path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(
+            f"algorithm.reward={path}: {module} cannot be imported ({error}); put its folder on "
+            "PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"algorithm.reward={path}: {module} has no {name}; check it") from error
+    if not callable(function):
+        raise ConfigError(f"algorithm.reward={path}: {name} is no function; name one")
+    return function  # type: ignore[no-any-return]
