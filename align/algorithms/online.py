@@ -68,7 +68,7 @@ def calibrated(raw: Sequence[float | None], *, name: str) -> Calibration:
     if len(known) < 2 or float(known.std()) < 1e-8:
         what = f"all {known[0].item():g}" if len(known) > 1 else f"only {len(known)}"
         raise StageError(
-            f"algorithm.reward={name}: of {len(raw)} answers of the starting policy the rewards are "
+            f"algorithm.reward={name}: the rewards of {len(raw)} answers of the start are "
             f"{what}, so there is nothing to learn from; check the source of rewards, or type "
             "algorithm.calibrate=false if it only pays for answers that it never gives yet"
         )

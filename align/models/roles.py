@@ -24,10 +24,11 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align.errors import StageError
-from align.models.adapters import add_lora, keep_in_fp32, read_adapter
+from align.models.adapters import add_lora, keep_in_fp32, read_adapter, save_adapter
 from align.models.settings import Lora
 
 HEAD = "base_model.model.score.weight"  # where a classifier's adapter keeps its head
@@ -207,6 +208,18 @@ class Roles:
         if bound.head is not None:
             found += list(bound.head.parameters())
         return [parameter for parameter in found if parameter.requires_grad]
+
+    def save(self, name: str, folder: Path) -> None:
+        """What is a role's own: its adapter as plain PEFT, or its whole model; and its head."""
+        folder.mkdir(parents=True, exist_ok=True)
+        bound = self.bound[name]
+        if bound.owner and bound.adapter is not None:
+            save_adapter(self.model, folder, name=bound.adapter)
+        if bound.owner and bound.model is not None:
+            bound.model.save_pretrained(folder)
+        if bound.head is not None:
+            head = {key: value.cpu() for key, value in bound.head.state_dict().items()}
+            save_file(head, folder / "head.safetensors")
 
     def recompute(self) -> None:
         """Gradient checkpointing in which the role of the forward pass is the role of the

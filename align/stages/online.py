@@ -28,7 +28,9 @@ def run(settings: OnlineStage, inputs: dict[str, Path], out: Path) -> None:
     algorithm = named_module("align.algorithms", settings.algorithm.name, settings.algorithm.module)
     base, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
     room = room_for_prompts(base, settings)
-    train, held_out, cut = [], [], 0
+    train: list[Question] = []
+    held_out: list[Question] = []
+    cut = 0
     for question, shortened in questions(inputs["prompts"] / "prompts.jsonl", tokenizer, room):
         cut += shortened
         key = prompt_key(question.prompt.messages)

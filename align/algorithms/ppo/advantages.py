@@ -34,14 +34,14 @@ def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """log policy - log reference per token: unbiased for KL(policy || reference) on the policy's own
-    tokens, of either sign. Schulman 2020, "Approximating KL divergence".
+    """log policy - log reference per token: unbiased for KL(policy || reference) on the policy's
+    own tokens, of either sign. Schulman 2020, "Approximating KL divergence".
     """
     return logprobs - reference
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """r - 1 - log r with r = reference / policy: unbiased like k1, never negative, of less variance.
+    """r - 1 - log r with r = reference / policy: unbiased like k1, never negative, less variable.
     Schulman 2020. Good to look at; as a loss its gradient is not that of the KL.
     """
     log_ratio = reference - logprobs
@@ -79,7 +79,8 @@ def gae(
 ) -> Estimated:
     """Generalised advantage estimation.
 
-        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1},    G_t = A_t + V_t
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t = delta_t + gamma lambda A_{t+1},    G_t = A_t + V_t
 
     Schulman et al. 2016, arXiv:1506.02438, eq. 16; V behind the last token is 0, for an answer that
     ended is a terminal state.
@@ -118,7 +119,7 @@ def leave_one_out(
         groups: [N], equal for the answers to one prompt.
     """
     totals = (rewards * response_mask).sum(-1)
-    _, group = groups.unique(return_inverse=True)
+    _, group = torch.unique(groups, return_inverse=True)
     size = torch.bincount(group)[group]
     total = torch.zeros_like(totals).index_add(0, group, totals)[group]
     others = (total - totals) / (size - 1).clamp(min=1)
@@ -128,8 +129,8 @@ def leave_one_out(
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """1 - Var[G - V] / Var[G] over the tokens that count: 1 foresees all, 0 no more than a constant,
-    below 0 less. 0 where returns do not vary.
+    """1 - Var[G - V] / Var[G] over the tokens that count: 1 foresees all, 0 no more than a
+    constant, below 0 less. 0 where returns do not vary.
     """
 
     def variance(x: torch.Tensor) -> torch.Tensor:

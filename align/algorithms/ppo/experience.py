@@ -4,6 +4,7 @@ advantages.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -78,47 +79,46 @@ def passes(roles: Roles, rollouts: Rollouts, *, settings: Ppo) -> Passes:
     """One forward pass of policy and reference each, and of the value role where it has its own
     adapter.
     """
-    rows = rollouts.rows
-    shape = rollouts.response_mask().shape
-    found = {key: torch.zeros(shape) for key in ("policy", "reference", "values", "entropies")}
+    rows, mask = rollouts.rows, rollouts.response_mask()
+    seen = {key: torch.zeros(mask.shape) for key in (POLICY, REFERENCE, VALUE, "entropies")}
     behind = torch.zeros(len(rows))
-    want_behind = settings.truncated == "bootstrap"
-    for batch in token_budget_batches(
-        [len(row) for row in rows], budget=settings.micro_batch_tokens
-    ):
-        packed = collate([rows[i] for i in batch], device=roles.model.device)
-        where = torch.tensor(batch)
-        mask = rollouts.response_mask()[where]
-
-        def put(key: str, tokens: torch.Tensor, where=where, mask=mask) -> None:  # type: ignore[no-untyped-def]
-            part = torch.zeros(mask.shape)
-            part[mask] = tokens.float().cpu()
-            found[key][where] = part
-
-        given = {"input_ids": packed.input_ids, "response_mask": packed.response_mask}
-        with roles.role(POLICY) as model:
-            tokens = scored_tokens(model, **given, temperature=settings.temperature, entropies=True)
-            assert tokens.entropies is not None
-            put("policy", tokens.logprobs)
-            put("entropies", tokens.entropies)
-        with roles.role(REFERENCE) as model:
-            put(
-                "reference",
-                scored_tokens(model, **given, temperature=settings.temperature).logprobs,
-            )
-        if settings.value == "trunk":
-            put("values", roles.head(VALUE)(tokens.hidden))
-        elif settings.value == "adapter":
-            put("values", values_of(roles, **given))
-        if want_behind:
-            behind[where] = last_value(roles, [rows[i] for i in batch]).float().cpu()
+    lengths = [len(row) for row in rows]
+    for batch in token_budget_batches(lengths, budget=settings.micro_batch_tokens):
+        chosen, where = [rows[i] for i in batch], torch.tensor(batch)
+        for key, tokens in batch_passes(roles, chosen, settings=settings).items():
+            part = torch.zeros(mask[where].shape)
+            part[mask[where]] = tokens.float().cpu()
+            seen[key][where] = part
+        if settings.truncated == "bootstrap":
+            behind[where] = last_value(roles, chosen).float().cpu()
     return Passes(
-        logprobs=found["policy"],
-        reference_logprobs=found["reference"],
-        values=found["values"],
-        entropies=found["entropies"],
+        logprobs=seen[POLICY],
+        reference_logprobs=seen[REFERENCE],
+        values=seen[VALUE],
+        entropies=seen["entropies"],
         behind=behind,
     )
+
+
+def batch_passes(roles: Roles, rows: Sequence[Row], *, settings: Ppo) -> dict[str, torch.Tensor]:
+    """Of each token that counts, row after row, [M]: log-probabilities, entropy and value."""
+    packed = collate(rows, device=roles.model.device)
+    given: dict[str, Any] = {
+        "input_ids": packed.input_ids, "response_mask": packed.response_mask
+    }  # fmt: skip
+    with roles.role(POLICY) as model:
+        policy = scored_tokens(model, **given, temperature=settings.temperature, entropies=True)
+    with roles.role(REFERENCE) as model:
+        reference = scored_tokens(model, **given, temperature=settings.temperature)
+    assert policy.entropies is not None
+    found = {
+        POLICY: policy.logprobs, REFERENCE: reference.logprobs, "entropies": policy.entropies
+    }  # fmt: skip
+    if settings.value == "trunk":
+        found[VALUE] = roles.head(VALUE)(policy.hidden)
+    elif settings.value == "adapter":
+        found[VALUE] = values_of(roles, **given)
+    return found
 
 
 def values_of(

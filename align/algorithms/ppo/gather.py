@@ -56,7 +56,7 @@ def rows_of_all(rows: Sequence[Row], ranks: Ranks) -> list[Row]:
     for flat, sizes in zip(
         ranks.gathered(torch.tensor(ids)), ranks.gathered(torch.tensor(lengths)), strict=True
     ):
-        parts = [tuple(part.tolist()) for part in flat.split(sizes.tolist())]
+        parts = [tuple(part.tolist()) for part in torch.split(flat, sizes.tolist())]
         found += [
             Row(prompt=prompt, completion=completion)
             for prompt, completion in zip(parts[::2], parts[1::2], strict=True)

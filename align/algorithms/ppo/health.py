@@ -24,21 +24,21 @@ def warnings_of(
     history: Sequence[Mapping[str, float]],
     *,
     settings: Ppo,
-    reward_range: tuple[float, float] | None,
+    best_reference: float | None,
 ) -> dict[str, str]:
     """What is odd in the newest iteration, by a short name.
 
     Args:
         history: measures by iteration, the newest last.
-        reward_range: lowest and highest raw reward of reference answers, where known.
+        best_reference: the highest raw reward of reference answers, where known.
     """
     now, first = history[-1], history[0]
     found: dict[str, str] = {}
     if now["kl"] < -max(1.0, 3 * now["kl_error"]):
         found["negative_kl"] = (
             f"KL is {now['kl']:.2f} nats an answer, and a KL cannot be negative: the answers were "
-            "not drawn from the policy that scores them. Check algorithm.top_p=1, algorithm.top_k=0 "
-            "and, with a sampler of its own, algorithm.importance_cap=2"
+            "not drawn from the policy that scores them. Check algorithm.top_p=1, "
+            "algorithm.top_k=0 and, with a sampler of its own, algorithm.importance_cap=2"
         )
     if now["ratio_std"] > FAR_RATIO:
         found["ratio"] = (
@@ -72,10 +72,10 @@ def warnings_of(
             "calibrated on. Look at samples.jsonl for what it overrates, raise algorithm.beta, or "
             "train it on answers of the new policy"
         )
-    elif reward_range is not None and now["reward"] > reward_range[1]:
+    elif best_reference is not None and now["reward"] > best_reference:
         found["reward_range"] = (
             f"the mean reward {now['reward']:.2f} is beyond the best reference answer's "
-            f"({reward_range[1]:.2f}): the reward model judges what it never saw. Compare with the "
+            f"({best_reference:.2f}): the reward model judges what it never saw. Compare with the "
             "judge's curve, raise algorithm.beta, or train it on answers of the new policy"
         )
     low, high = settings.kl_band

@@ -147,12 +147,12 @@ class Learner:
             values = self.roles.head(VALUE)(hidden)
         if self.settings.value == "adapter":
             if loss.requires_grad:  # the policy's activations go before the value's come
-                (loss / tokens).backward()
+                torch.autograd.backward(loss / tokens)
                 loss = torch.zeros((), device=device)
             values = values_of(self.roles, **given)
         if values is not None:
             loss = loss + self.settings.value_coef * self.value_term(values, flat)
-        (loss / tokens).backward()
+        torch.autograd.backward(loss / tokens)
 
     def policy_term(self, logprobs: torch.Tensor, flat: Flat) -> torch.Tensor:
         """Summed over tokens."""
@@ -190,7 +190,7 @@ class Learner:
 
 def minibatches(groups: torch.Tensor, *, count: int, key: tuple[int, ...]) -> Iterator[list[int]]:
     """Rows of `count` minibatches: prompt groups in an order drawn from `key`, each whole."""
-    names = groups.unique().numpy()
+    names = torch.unique(groups).numpy()
     order = numpy.random.default_rng(list(key)).permutation(names)
     for part in numpy.array_split(order, min(count, len(order))):
         yield torch.isin(groups, torch.from_numpy(part)).nonzero()[:, 0].tolist()

@@ -22,16 +22,14 @@ def save_state(
     *,
     roles: Roles,
     optimizer: torch.optim.Optimizer,
-    schedule: Any,
     progress: Mapping[str, Any],
 ) -> None:
-    """Weights of every trained role, optimizer, schedule, random states, and `progress`: plain
+    """Weights of every trained role, optimizer, random states, and `progress`: plain
     values.
     """
     state = {
         "trained": {name: [p.detach() for p in parts] for name, parts in trained(roles).items()},
         "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
         "random": random_state(),
         "progress": dict(progress),
     }
@@ -44,7 +42,7 @@ def save_state(
 
 
 def load_state(
-    path: Path, *, roles: Roles, optimizer: torch.optim.Optimizer, schedule: Any
+    path: Path, *, roles: Roles, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
     """Puts everything back and returns `progress`; None where there is no checkpoint.
 
@@ -60,7 +58,6 @@ def load_state(
                 for parameter, value in zip(parts, state["trained"][name], strict=True):
                     parameter.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         restore_random(state["random"])
     except (RuntimeError, ValueError, KeyError, EOFError) as error:
         raise StageError(
@@ -79,7 +76,8 @@ def trained(roles: Roles) -> dict[str, list[torch.nn.Parameter]]:
 def random_state() -> dict[str, Any]:
     """Of this process's generators: the library draws from its own, a user's function may not."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)  # type: ignore[misc]
+    drawn: Any = numpy.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = drawn
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {
         "python": [version, list(numbers), gauss],

@@ -1,6 +1,5 @@
 """Proximal policy optimization, iteration by iteration: sample, score, estimate, learn."""
 
-import itertools
 import math
 import time
 from collections import defaultdict
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy
 import torch
-from transformers import get_scheduler
 
 from align.algorithms.online import (
     Calibration,
@@ -22,7 +20,6 @@ from align.algorithms.online import (
     saved_calibration,
 )
 from align.algorithms.ppo import state
-from align.algorithms.ppo.advantages import explained_variance, k3, masked_mean
 from align.algorithms.ppo.experience import (
     POLICY,
     REFERENCE,
@@ -36,21 +33,22 @@ from align.algorithms.ppo.gather import gathered
 from align.algorithms.ppo.health import hopeless, warnings_of
 from align.algorithms.ppo.learner import Learner
 from align.algorithms.ppo.loss import next_beta
+from align.algorithms.ppo.measures import measures, timing, told
 from align.algorithms.ppo.monitor import Monitor
 from align.algorithms.ppo.rollout import Question, rollout, samples_of, sampling
+from align.algorithms.ppo.seeds import derived
+from align.algorithms.ppo.setup import add_policy, add_value, optimizer_of, set_learning_rates
 from align.algorithms.settings import Ppo
-from align.artifacts import COUNTS, read_json, write_json
+from align.artifacts import COUNTS, write_json
 from align.errors import StageError
 from align.jsonl import JsonlAppender, truncate_lines
-from align.models.adapters import save_adapter
-from align.models.roles import Head, Roles
+from align.models.roles import Roles
 from align.notice import notice
 from align.process_group import Ranks, open_ranks
 from align.progress import progress_bar
 from align.rewards.source import Sample, Source
 
 CURVES, SAMPLES, TIMING = "curves.jsonl", "samples.jsonl", "timing.jsonl"
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 CALIBRATED_ON = 256  # answers of the starting policy
 
 
@@ -60,8 +58,9 @@ def run(online: Online, *, settings: Ppo, out: Path) -> None:
     Raises:
         ConfigError, StageError: what is asked for cannot work, or the run cannot recover.
     """
-    if (out / "metrics.json").exists():
-        return  # killed between its last line and the manifest
+    if (out / "metrics.json").exists():  # killed between its last line and the manifest
+        (out / state.STATE).unlink(missing_ok=True)
+        return
     ranks = open_ranks()
     trainer = made(online, settings=settings, out=out, ranks=ranks)
     trainer.begin()
@@ -70,8 +69,8 @@ def run(online: Online, *, settings: Ppo, out: Path) -> None:
     shown = progress_bar("train", settings.iterations, unit="answers", done=trainer.iteration)
     with shown as advance:
         for iteration in range(trainer.iteration, settings.iterations):
-            told = trainer.iterate(iteration)
-            advance(1, settings.prompts * settings.samples, told)
+            note = trainer.iterate(iteration)
+            advance(1, settings.prompts * settings.samples, note)
     trainer.close()
 
 
@@ -95,85 +94,47 @@ def announce(trainer: "Trainer") -> None:
 
 
 def made(online: Online, *, settings: Ppo, out: Path, ranks: Ranks) -> "Trainer":
-    """Roles, source of rewards, optimizer and schedule, as they are before the first iteration."""
+    """Everything as it is before the first iteration.
+
+    Raises:
+        StageError: an iteration wants more prompts than there are.
+    """
     if settings.prompts > len(online.questions):
         raise StageError(
             f"algorithm.prompts={settings.prompts}: more than the {len(online.questions)} prompts "
             f"to train on; type algorithm.prompts={max(1, len(online.questions) // 4)}"
         )
     roles = Roles(online.base)
-    roles.bind(REFERENCE)
     source = open_source(online, roles, reward=settings.reward)
-    roles.add(POLICY, settings=online.adapter, seed=online.seed)
     calibration = saved_calibration(online, reward=settings.reward)
+    add_policy(roles, online)
     add_value(roles, online, settings, calibration)
     if settings.gradient_checkpointing:
         roles.recompute()
-    groups = [
-        {"params": roles.parameters(name), "lr": rate, "role": name}
-        for name, rate in (
-            (POLICY, settings.learning_rate), (VALUE, settings.value_learning_rate)
-        )
-        if name in roles.bound
-    ]  # fmt: skip
-    optimizer = optimizer_of(settings, groups)
-    schedule = get_scheduler(
-        SCHEDULES[settings.schedule],
-        optimizer,
-        num_warmup_steps=math.ceil(settings.warmup * settings.iterations),
-        num_training_steps=settings.iterations,
-    )
+    optimizer = optimizer_of(roles, settings)
     return Trainer(
-        online=online, settings=settings, out=out, ranks=ranks, roles=roles, source=source,
-        calibration=calibration if settings.calibrate else Calibration(),
+        online=online,
+        settings=settings,
+        out=out,
+        ranks=ranks,
+        roles=roles,
+        source=source,
+        calibration=(calibration if settings.calibrate else None) or Calibration(),
         calibrating=settings.calibrate and calibration is None,
-        schedule=schedule, beta=settings.beta,
+        beta=settings.beta,
         learner=Learner(
             roles=roles, settings=settings, optimizer=optimizer, ranks=ranks, seed=online.seed
         ),
         monitor=Monitor(
-            roles=roles, tokenizer=online.tokenizer, source=source, judge=online.monitor,
-            questions=online.held_out[: settings.monitor_prompts], settings=settings,
+            roles=roles,
+            tokenizer=online.tokenizer,
+            questions=online.held_out[: settings.monitor_prompts],
+            source=source,
+            judge=online.monitor,
+            settings=settings,
             seed=derived(online.seed, "monitor"),
         ),
-    )  # fmt: skip
-
-
-def add_value(roles: Roles, online: Online, settings: Ppo, calibration: Calibration | None) -> None:
-    """The value function: a head on the policy's trunk, or an adapter and a head of its own, which
-    start as the reward model where that is a role.
-
-    Its head is the reward's in calibrated units, so that at first V behind the end of an answer is
-    the answer's score. Without one it starts at 0, the mean of calibrated rewards.
-    """
-    width = online.base.config.get_text_config().hidden_size
-    fresh = Head(torch.zeros(width, device=roles.model.device))
-    if settings.value == "trunk":
-        roles.attach(VALUE, POLICY, head=fresh)
-    elif settings.value == "adapter" and "reward" in roles.bound:
-        reward, known = roles.head("reward"), calibration or Calibration()
-        head = Head(reward.weight / known.std, bias=(float(reward.bias) - known.mean) / known.std)
-        roles.copy(VALUE, "reward", head=head)
-    elif settings.value == "adapter":
-        roles.add(VALUE, settings=online.adapter, seed=derived(online.seed, "value"), head=fresh)
-
-
-def optimizer_of(settings: Ppo, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if settings.optimizer == "paged_adamw_8bit":
-        from bitsandbytes.optim import PagedAdamW8bit
-
-        paged: torch.optim.Optimizer = PagedAdamW8bit(groups, weight_decay=settings.weight_decay)
-        return paged
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-
-
-def derived(seed: int, *what: Any) -> int:
-    """A seed of its own for each use of one."""
-    return int(numpy.random.SeedSequence([seed, *map(hashed, what)]).generate_state(1)[0])
-
-
-def hashed(part: Any) -> int:
-    return part if isinstance(part, int) else int.from_bytes(str(part).encode()[:8])
+    )
 
 
 @dataclass(kw_only=True)
@@ -186,9 +147,8 @@ class Trainer:
     ranks: Ranks
     roles: Roles
     source: Source
-    calibration: Calibration | None
+    calibration: Calibration  # of no effect until it is known
     calibrating: bool
-    schedule: Any
     beta: float
     learner: Learner
     monitor: Monitor
@@ -201,7 +161,7 @@ class Trainer:
         """Goes on from the checkpoint, else calibrates the rewards on the reference's answers."""
         found = state.load_state(
             self.out / state.STATE, roles=self.roles,
-            optimizer=self.learner.optimizer, schedule=self.schedule,
+            optimizer=self.learner.optimizer,
         )  # fmt: skip
         if found is not None:
             self.iteration, self.beta = found["iteration"], found["beta"]
@@ -240,10 +200,18 @@ class Trainer:
         with self.timed("learn"):
             # 3. Advantages over all rows, then the epochs.
             estimated = estimate(experience, beta=self.beta, settings=self.settings)
+            optimizer = self.learner.optimizer
+            rate = set_learning_rates(optimizer, iteration, settings=self.settings)
             learnt = self.learner.learn(experience, estimated, iteration=iteration)
-            self.schedule.step()
         # 4. Measures, warnings, the coefficient of the next iteration, and what is kept.
-        measured = self.measure(experience, estimated.returns) | learnt
+        measured = {
+            **measures(
+                experience, estimated.returns, calibration=self.calibration, settings=self.settings
+            ),
+            "beta": self.beta,
+            "learning_rate": rate,
+            **learnt,
+        }
         self.history.append(measured)
         self.check(measured, iteration)
         self.beta = self.adapted(measured)
@@ -284,7 +252,6 @@ class Trainer:
             given = self.source.scores(samples)
         raw = torch.tensor([math.nan if value is None else value for value in given])
         taught = ~raw.isnan()
-        assert self.calibration is not None
         scores = final_scores(
             raw.nan_to_num(self.calibration.mean), drawn.ended,
             mean=self.calibration.mean, std=self.calibration.std, settings=self.settings,
@@ -294,35 +261,6 @@ class Trainer:
         return Experience(
             rollouts=drawn, passes=seen, scores=scores, raw=raw, taught=taught
         ), samples
-
-    # What is measured.
-
-    def measure(self, experience: Experience, returns: torch.Tensor) -> dict[str, float]:
-        """Of the answers before they were learnt from; the same on every process."""
-        mask, seen = experience.rollouts.response_mask(), experience.passes
-        count = mask.sum(-1).float()
-        kl = experience.kl().sum(-1)
-        raw = experience.raw[experience.taught]
-        calibration = self.calibration or Calibration()
-        far = ((raw - calibration.mean) / calibration.std).abs() > self.settings.reward_clip
-        gap = (seen.logprobs - experience.rollouts.sampler_logprobs).abs()
-        return {
-            "reward": float(raw.mean()) if len(raw) else 0.0,
-            "reward_std": float(raw.std(correction=0)) if len(raw) else 0.0,
-            "score": float(experience.scores.mean()),
-            "clipped_rewards": float(far.float().mean()) if len(raw) else 0.0,
-            "taught": float(experience.taught.float().mean()),
-            "kl": float(kl.mean()),
-            "kl_error": float(kl.std(correction=0) / len(kl) ** 0.5),
-            "kl_k3": float((k3(seen.logprobs, seen.reference_logprobs) * mask).sum(-1).mean()),
-            "entropy": float(masked_mean(seen.entropies, mask)),
-            "explained_variance": explained_variance(seen.values, returns, experience.mask()),
-            "length": float(count.mean()),
-            "eos_rate": float(experience.rollouts.ended.float().mean()),
-            "sampler_gap": float(masked_mean(gap, mask)),
-            "beta": self.beta,
-            "learning_rate": float(self.learner.optimizer.param_groups[0]["lr"]),
-        }
 
     def check(self, measured: dict[str, float], iteration: int) -> None:
         """
@@ -336,12 +274,11 @@ class Trainer:
                 f"algorithm.learning_rate (now {self.settings.learning_rate:g}; try "
                 f"{self.settings.learning_rate / 4:g})"
             )
-        known = self.calibration or Calibration()
-        extremes = None if known.highest is None else (known.lowest or 0.0, known.highest)
-        odd = warnings_of(self.history, settings=self.settings, reward_range=extremes)
-        for name, told in odd.items():
+        best = self.calibration.highest
+        odd = warnings_of(self.history, settings=self.settings, best_reference=best)
+        for name, warning in odd.items():
             if self.ranks.first and name not in self.warned:
-                notice(f"iteration {iteration + 1}: {told}")
+                notice(f"iteration {iteration + 1}: {warning}")
             self.warned.add(name)
 
     def adapted(self, measured: dict[str, float]) -> float:
@@ -368,18 +305,18 @@ class Trainer:
         """Lines first, then the checkpoint that counts them."""
         if self.ranks.first:
             append(self.out / CURVES, [{"step": self.iteration, **measured}])
-            append(self.out / SAMPLES, self.told(samples, experience))
-            append(self.out / TIMING, [self.timing(experience)])
+            few = self.settings.logged_samples
+            append(self.out / SAMPLES, told(samples, experience, step=self.iteration, few=few))
+            append(self.out / TIMING, [timing(self.clock, experience, step=self.iteration)])
             due = self.iteration % self.settings.checkpoint_every == 0
             if due or self.iteration == self.settings.iterations:
                 self.save()
         self.clock.clear()
 
     def save(self) -> None:
-        assert self.calibration is not None
         state.save_state(
             self.out / state.STATE,
-            roles=self.roles, optimizer=self.learner.optimizer, schedule=self.schedule,
+            roles=self.roles, optimizer=self.learner.optimizer,
             progress={
                 "iteration": self.iteration,
                 "beta": self.beta,
@@ -389,43 +326,6 @@ class Trainer:
                 "lines": {n: count_lines(self.out / n) for n in (CURVES, SAMPLES, TIMING)},
             },
         )  # fmt: skip
-
-    def told(self, samples: Sequence[Sample], experience: Experience) -> list[dict[str, Any]]:
-        """Some answers with their rewards: from the worst to the best, evenly."""
-        scores = experience.scores[: len(samples)]
-        order = torch.argsort(scores, stable=True)
-        few = min(self.settings.logged_samples, len(samples))
-        places = order[torch.linspace(0, len(samples) - 1, few).round().long()] if few else []
-        kl = experience.kl().sum(-1)
-        return [
-            {
-                "v": 1,
-                "step": self.iteration,
-                "id": samples[i].prompt.id,
-                "messages": [message.to_json() for message in samples[i].prompt.messages],
-                "text": samples[i].text,
-                "finish": samples[i].finish,
-                "reward": None if math.isnan(raw := float(experience.raw[i])) else raw,
-                "score": float(scores[i]),
-                "kl": float(kl[i]),
-                "tokens": len(samples[i].completion_ids),
-            }
-            for i in map(int, places)
-        ]
-
-    def timing(self, experience: Experience) -> dict[str, Any]:
-        """Seconds by phase, the tokens that were worked on, and memory; not the same from run to
-        run, so it stands apart.
-        """
-        answers = sum(len(row.completion) for row in experience.rollouts.rows)
-        tokens = sum(len(row) for row in experience.rollouts.rows)
-        return {
-            "step": self.iteration,
-            **{f"{phase}_s": round(seconds, 4) for phase, seconds in self.clock.items()},
-            "answer_tokens": answers,
-            "tokens": tokens,
-            "memory_mb": round(peak_memory() / 2**20),
-        }
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -438,34 +338,30 @@ class Trainer:
             self.clock[phase] += time.perf_counter() - started
 
     def close(self) -> None:
-        """The policy's adapter, the value function, and the last measures; then the checkpoint
-        goes.
-        """
+        """The policy, the value function and the last measures; then the checkpoint goes."""
         if self.ranks.first:
-            save_adapter(self.roles.model, self.out / "adapter", name=POLICY)
-            last = self.history[-1]
-            low, high = self.settings.kl_band
+            self.roles.save(POLICY, self.out / "adapter")
+            if VALUE in self.roles.bound:
+                self.roles.save(VALUE, self.out / "value")
             counts = {"reference": "base model, adapter off", "reward": self.source.name}
             write_json(self.out / COUNTS, counts)
-            write_json(
-                self.out / "metrics.json",
-                {
-                    "train/iterations": self.settings.iterations,
-                    "train/prompts": len(self.online.questions),
-                    "train/answers": self.settings.iterations
-                    * self.settings.prompts
-                    * self.settings.samples,
-                    "train/kl": last["kl"],
-                    "train/kl_in_band": float(low <= last["kl"] <= high),
-                    "train/reward": last["reward"],
-                    "train/entropy": last["entropy"],
-                    "train/length": last["length"],
-                    "train/eos_rate": last["eos_rate"],
-                    **{f"train/{k}": v for k, v in last.items() if k.startswith("eval_")},
-                },
-            )
+            write_json(self.out / "metrics.json", self.metrics())
             (self.out / state.STATE).unlink(missing_ok=True)
         self.ranks.wait()
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last iteration, and how much was sampled."""
+        last, settings = self.history[-1], self.settings
+        low, high = settings.kl_band
+        kept = ("kl", "reward", "entropy", "length", "eos_rate")
+        watched = [key for key in last if key.startswith("eval_")]
+        return {
+            "train/iterations": settings.iterations,
+            "train/prompts": len(self.online.questions),
+            "train/answers": settings.iterations * settings.prompts * settings.samples,
+            "train/kl_in_band": float(low <= last["kl"] <= high),
+            **{f"train/{key}": last[key] for key in (*kept, *watched)},
+        }
 
 
 def append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -476,12 +372,3 @@ def append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 def count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for _ in file)
-
-
-def peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
