@@ -2,7 +2,8 @@
 merged.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from align.errors import ConfigError, StageError
 from align.models.settings import Lora
 
 
-def add_lora(model: Any, *, settings: Lora, seed: int) -> Any:
+def add_lora(model: Any, *, settings: Lora, seed: int, heads: Sequence[str] = ()) -> Any:
     """The model with a fresh trainable adapter called "default"; its output is at first exactly the
     base's.
 
@@ -24,6 +25,9 @@ def add_lora(model: Any, *, settings: Lora, seed: int) -> Any:
     it would turn embeddings, norms and head of the base to float32, so that policy and reference
     would differ in their base.
 
+    Args:
+        heads: modules of a classifier that are trained whole, and saved with the adapter.
+
     Raises:
         ConfigError: `adapter.target_modules` names no layer of the model.
     """
@@ -32,7 +36,9 @@ def add_lora(model: Any, *, settings: Lora, seed: int) -> Any:
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides by it, a float will do
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if heads else "CAUSAL_LM",
+        modules_to_save=list(heads) or None,
+        exclude_modules=heads_pattern(heads),
     )
     try:
         # The draw happens on the CPU, from its own generator state, whatever was drawn before.
@@ -47,6 +53,11 @@ def add_lora(model: Any, *, settings: Lora, seed: int) -> Any:
         ) from error
     keep_in_fp32(policy)
     return policy
+
+
+def heads_pattern(heads: Sequence[str]) -> str | None:
+    """For PEFT, what gets no adapter: the heads and all that is in them."""
+    return rf"({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None
 
 
 def linear_names(model: Any) -> list[str]:
