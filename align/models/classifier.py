@@ -82,7 +82,7 @@ def head_names(settings: Model) -> list[str]:
     config = load_config(settings)
     try:
         with torch.device("meta"):
-            bare = AutoModelForSequenceClassification.from_config(config)
+            bare = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise missing(settings, "classifier", error) from error
     heads = heads_of(bare)
@@ -167,7 +167,7 @@ def load_weights(model: Any, folder: Path) -> None:
     """
     try:
         saved = load_file(folder / WEIGHTS)
-        found = set_peft_model_state_dict(model, saved)
+        found: Any = set_peft_model_state_dict(model, saved)
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise unfit(folder, error) from error
     lost = [key for key in found.missing_keys if "lora_" in key or "modules_to_save" in key]
