@@ -151,6 +151,7 @@ def load_reward_model(settings: Model, folder: Path, *, device: torch.device | N
     model = load_classifier(settings, seed=0, device=device)
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = None  # where it stood then; the weights say if it fits
         scorer = get_peft_model(model, config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise unfit(folder, error) from error
