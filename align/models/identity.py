@@ -33,9 +33,11 @@ def hub_commit(name: str, revision: str | None) -> str:
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     reason = "no such folder, none of that name in the local hub cache, and HF_HUB_OFFLINE is set"
     try:
+        validate_repo_id(name)
         if not constants.HF_HUB_OFFLINE:
             sha = HfApi().model_info(name, revision=revision, timeout=20).sha
             if sha:

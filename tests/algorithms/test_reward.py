@@ -240,5 +240,5 @@ def test_a_margin_that_no_pair_has_is_refused(tiny: Model, lora: Lora, tmp_path:
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny: Model, lora: Lora, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="collapsed at step .* lower algorithm.learning_rate"):
+    with pytest.raises(StageError, match=r"collapsed at step .* lower algorithm\.learning_rate"):
         train(tiny, lora, tmp_path, settings=replace(SETTINGS, learning_rate=1e30))
