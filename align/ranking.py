@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 
 from align.stats import Floats, Interval, wilson
 
-BINS = 10
+MOST_BINS, LEAST_BINS = 10, 3
+PAIRS_A_BIN = 20  # on average; fewer, and a bin's share is mostly chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,8 @@ def calibration(difference: ArrayLike, p: ArrayLike) -> Calibration:
 
     Source: Guo et al. 2017, arXiv:1706.04599, section 2, with the judge's probability in the place
     of right or wrong. Folded at one half: which answer is called chosen is the label itself, so
-    bins of sigmoid(d) as it stands would tell nothing.
+    bins of sigmoid(d) as it stands would tell nothing. Ten bins of one width, fewer where the pairs
+    are few.
 
     Args:
         difference: [N], score of chosen minus score of rejected.
@@ -96,14 +98,15 @@ def calibration(difference: ArrayLike, p: ArrayLike) -> Calibration:
     d, judged = np.asarray(difference, dtype=np.float64), np.asarray(p, dtype=np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(d)))
     agreed = np.where(d >= 0, judged, 1 - judged)
-    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    count = min(MOST_BINS, max(LEAST_BINS, len(d) // PAIRS_A_BIN))
+    place = np.minimum(((confidence - 0.5) * 2 * count).astype(int), count - 1)
     bins = [
         Bin(
             predicted=float(confidence[place == i].mean()),
             judged=float(agreed[place == i].mean()),
             n=int((place == i).sum()),
         )
-        for i in range(BINS)
+        for i in range(count)
         if (place == i).any()
     ]
     error = sum(found.n * abs(found.predicted - found.judged) for found in bins) / len(d)
