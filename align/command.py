@@ -18,7 +18,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from align.config import CONF, did_you_mean, options, register_resolvers
+from align.config import CONF, GROUPS, did_you_mean, options, register_resolvers
 from align.errors import AlignError, ConfigError
 from align.interrupt import STATUS, interrupted, leave, watch
 from align.notice import notice
@@ -138,6 +138,11 @@ def refuse_null_groups(words: list[str]) -> None:
             )
 
 
+def at(node: str) -> str:
+    """What chooses a node: the group of its name, or another group that is put there."""
+    return f"{GROUPS[node]}@{node}" if node in GROUPS else node
+
+
 def one_line(error: Exception) -> str:
     """Hydra's and OmegaConf's complaints about an override, in one line with what was probably
     meant.
@@ -155,7 +160,7 @@ def one_line(error: Exception) -> str:
         if key and parent is not None and hasattr(parent, "keys"):
             if parent.get("name") == "none":
                 group = key.rpartition(".")[0]
-                typed = f"judge@{group}" if "." in group else group
+                typed = f"judge@{group}" if "." in group else at(group)
                 return f"{key}: none is chosen there, and none has no settings; type {typed}=NAME"
             prefix = key.rpartition(".")[0]
             siblings = [f"{prefix}.{name}" if prefix else str(name) for name in parent]

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from align.algorithms.settings import PreferenceTraining
+from align.algorithms.settings import PairTraining
 from align.checks import check_choice, check_range
 from align.errors import ConfigError, keyed
 from align.models.settings import Lora, Model
@@ -29,7 +29,7 @@ from align.sources.settings import Source
 from align.stages.settings import Evaluate, Label
 
 PACKAGE = Path(__file__).parent
-STAGES = ("generate", "label", "train", "evaluate")
+STAGES = ("generate", "label", "reward", "train", "evaluate")
 MODES = ("auto", "inline", "accelerate")
 
 
@@ -84,7 +84,9 @@ class Config:
     sampler: Hf
     judge: Any
     label: Label
-    algorithm: PreferenceTraining
+    algorithm: PairTraining | None
+    reward: PairTraining | None
+    reward_adapter: Lora
     evaluate: Evaluate
     launch: Launch
 
@@ -108,7 +110,10 @@ ROOMS = {
     "judge": "align.judge",
     "evaluate.judge": "align.judge",
     "algorithm": "align.algorithms",
+    "reward": "align.algorithms",
 }
+# Nodes that stand in another place than their group's: reward is typed algorithm@reward=NAME.
+GROUPS = {"reward": "algorithm", "reward_adapter": "adapter"}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -153,11 +158,11 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def build(cls: type[Any], node: Mapping[str, Any], prefix: str, *, judge: bool = False) -> Any:
+def build(cls: type[Any], node: Mapping[str, Any], prefix: str, *, group: str | None = None) -> Any:
     """`cls` from a mapping: no key unknown, none missing, each value of its type.
 
     Args:
-        judge: whether it is one; they stand in several places.
+        group: by whose name it speaks of its settings, where it may stand in several places.
     """
     hints = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls)]
@@ -177,7 +182,7 @@ def build(cls: type[Any], node: Mapping[str, Any], prefix: str, *, judge: bool =
         else convert(f"{prefix}{key}", hints[key], node[key])
         for key in known
     }
-    with keyed(prefix.rstrip(".")) if judge else contextlib.nullcontext():
+    with keyed(prefix.rstrip("."), own=group) if group else contextlib.nullcontext():
         return cls(**values)
 
 
@@ -191,6 +196,7 @@ def nested(key: str, room: str, node: Any) -> Any:
 
 
 def convert(key: str, hint: Any, value: Any) -> Any:
+    hint = optional(hint) if value is not None else hint
     if key in ROOMS:
         return build_named(key, ROOMS[key], hint, value)
     if dataclasses.is_dataclass(hint):
@@ -198,7 +204,8 @@ def convert(key: str, hint: Any, value: Any) -> Any:
             raise ConfigError(
                 f"{key}={value}: is a group of settings, not a value; type {key}.SETTING=VALUE"
             )
-        return build(typing.cast(type[Any], hint), value, f"{key}.")
+        group = {Model: "model", Lora: "adapter"}.get(typing.cast(Any, hint))
+        return build(typing.cast(type[Any], hint), value, f"{key}.", group=group)
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))
         return adapter.validate_python(value)
@@ -207,11 +214,17 @@ def convert(key: str, hint: Any, value: Any) -> Any:
         raise ConfigError(f"{key}={value}: must be {wanted}") from error
 
 
+def optional(hint: Any) -> Any:
+    """The dataclass of `X | None`; other hints as they are."""
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    return parts[0] if len(parts) == 1 and dataclasses.is_dataclass(parts[0]) else hint
+
+
 def build_named(key: str, room: str, hint: Any, node: Any) -> Any:
-    """The dataclass that reads one group's node; None for a judge called none."""
+    """The dataclass that reads one group's node; None for a judge or an algorithm called none."""
     if not isinstance(node, Mapping):
-        # Only judges stand in other places than their own.
-        folder, typed = ("judge", f"judge@{key}") if "." in key else (key, key)
+        folder = "judge" if "." in key else GROUPS.get(key, key)
+        typed = key if folder == key else f"{folder}@{key}"
         raise ConfigError(
             f"{key}={node}: is a group, not a value; type {typed}=NAME with a file of "
             f"conf/{folder}/"
@@ -221,9 +234,9 @@ def build_named(key: str, room: str, hint: Any, node: Any) -> Any:
     name, module = node.get("name"), node.get("module")
     if name == "none":
         return None
-    judge = room == ROOMS["judge"]
-    made = build(settings_class(room, str(name), module, key), node, f"{key}.", judge=judge)
-    if judge:
+    group = {ROOMS["judge"]: "judge", ROOMS["algorithm"]: "algorithm"}.get(room)
+    made = build(settings_class(room, str(name), module, key), node, f"{key}.", group=group)
+    if group:
         with contextlib.suppress(AttributeError):  # of a class of the user's that has slots
             object.__setattr__(made, "_stands_at", key)
     return made

@@ -35,18 +35,20 @@ class StageError(AlignError):
     """A stage cannot go on."""
 
 
-OWN = re.compile(r"(?:^|(?<=[\s(@+]))judge\.(?=[a-z])")  # a judge's settings, as it speaks of them
-
-
 @contextlib.contextmanager
-def keyed(key: str) -> Iterator[None]:
-    """What a judge says of its settings, told as they are typed where it stands:
-    evaluate.judge.budget_usd, judge.escalate.model.
+def keyed(key: str, *, own: str = "judge") -> Iterator[None]:
+    """What is said of settings, told as they are typed where they stand: evaluate.judge.budget_usd,
+    judge.escalate.model, reward.learning_rate.
+
+    Args:
+        own: what the speaker calls its settings: its group's name.
     """
     try:
         yield
-    except (ConfigError, JudgeError) as error:
-        if not hasattr(error, "keyed"):  # by a judge within this one
-            error.args = (OWN.sub(lambda _: f"{key}.", str(error)),)
-            error.keyed = True  # type: ignore[union-attr]
+    except (ConfigError, JudgeError, StageError) as error:
+        told: frozenset[str] = getattr(error, "keyed", frozenset())
+        if own not in told:  # else by one of that group within this one
+            name = rf"(?:^|(?<=[\s(@+])){own}\.(?=[a-z])"
+            error.args = (re.sub(name, lambda _: f"{key}.", str(error)),)
+            error.keyed = told | {own}  # type: ignore[union-attr]
         raise

@@ -132,8 +132,8 @@ def make(
             print(f"{step.name:<13} up to date", flush=True)
             run.event("reused", step=step.name, artifact=str(artifact.path))
     made[step.name] = artifact
-    for link in step.links:
-        run.link(run.path / link, artifact.path / link)
+    for name, file in step.links.items():
+        run.link(run.path / name, artifact.path / file)
     return worked
 
 
@@ -199,6 +199,9 @@ def closing(done: Done) -> None:
     latest, workspace = shortest(run.path.with_name("latest")), shortest(run.workspace)
     if not done.anything:
         print(f"everything is up to date: {latest}")
+    if "reward" in made:
+        print((made["reward"].path / "verdict.txt").read_text(encoding="utf-8").strip())
+        print(f"reward model: {latest / 'reward_model'}, its page: {latest / 'reward.html'}")
     if "report" in made:
         print((made["report"].path / "verdict.txt").read_text(encoding="utf-8").strip())
         print(f"report: {latest / 'report.html'}")

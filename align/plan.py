@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.algorithms.needs import Needs
+from align.algorithms.settings import PairTraining, PreferenceTraining, Reward
 from align.artifacts import HashCache, files_below
 from align.config import Config
 from align.errors import ConfigError
@@ -25,6 +26,7 @@ from align.stages.settings import (
     ReadStage,
     ReferenceStage,
     ReportStage,
+    RewardStage,
     TrainStage,
 )
 
@@ -34,15 +36,15 @@ class Step:
     """One stage at work: `name` is what it makes, `stage` the module that makes it, `inputs` what
     it makes it from.
 
-    `links` are the files that the run's folder shows of it; `distributed` steps may run on several
-    processes.
+    `links` are the files that the run's folder shows of it, by the name that they have there;
+    `distributed` steps may run on several processes.
     """
 
     name: str
     stage: str
     settings: Any
     inputs: Mapping[str, str] = field(default_factory=dict)
-    links: tuple[str, ...] = ()
+    links: Mapping[str, str] = field(default_factory=dict)
     distributed: bool = False
 
 
@@ -57,8 +59,12 @@ def plan(config: Config, *, yaml: str, command: str) -> list[Step]:
         steps += generation(config)
     if "label" in config.stages:
         steps.append(labelling(config))
+    if {"reward", "train"} & set(config.stages):
+        steps += pairs(config)
+    if "reward" in config.stages:
+        steps.append(rewarding(config))
     if "train" in config.stages:
-        steps += training(config)
+        steps.append(training(config))
     if "evaluate" in config.stages:
         steps += evaluation(config, yaml=yaml, command=command)
     return steps
@@ -80,7 +86,7 @@ def generation(config: Config) -> list[Step]:
             stage="generate",
             settings=sample,
             inputs={"prompts": "prompts"},
-            links=("candidates.jsonl",),
+            links={"candidates.jsonl": "candidates.jsonl"},
         ),
     ]
 
@@ -97,53 +103,107 @@ def labelling(config: Config) -> Step:
         stage="label",
         settings=LabelStage(label=config.label, judge=config.judge, seed=config.seed),
         inputs={"candidates": "candidates"},
-        links=("preferences.jsonl",),
+        links={"preferences.jsonl": "preferences.jsonl"},
     )
 
 
-def training(config: Config) -> list[Step]:
-    needs: Needs = named_module(
-        "align.algorithms", config.algorithm.name, config.algorithm.module
-    ).NEEDS
+def learners(config: Config) -> dict[str, tuple[PairTraining, Needs]]:
+    """What learns from pairs, by the setting that chooses it.
+
+    Raises:
+        ConfigError: a policy's algorithm where a reward model's is wanted, or none at all.
+    """
+    chosen: dict[str, PairTraining] = {}
+    if "reward" in config.stages:
+        if config.reward is None:
+            raise ConfigError(
+                f"stages={shown(config)}: reward trains a reward model, and no algorithm for it is "
+                "chosen; type algorithm@reward=reward"
+            )
+        chosen["algorithm@reward"] = config.reward
+    if "train" in config.stages:
+        if config.algorithm is None:
+            raise ConfigError("algorithm=none: train needs one; type algorithm=dpo")
+        chosen["algorithm"] = config.algorithm
+    for key, algorithm in chosen.items():
+        for kind, wanted in ((Reward, "algorithm@reward"), (PreferenceTraining, "algorithm")):
+            if isinstance(algorithm, kind) and key != wanted:
+                trains = "a reward model" if kind is Reward else "a policy"
+                typed = "recipe=reward" if kind is Reward else "algorithm@reward=reward"
+                raise ConfigError(
+                    f"{key}={algorithm.name}: trains {trains}, which is not made there; type "
+                    f"{typed}"
+                )
+    return {
+        key: (a, named_module("align.algorithms", a.name, a.module).NEEDS)
+        for key, a in chosen.items()
+    }
+
+
+def pairs(config: Config) -> list[Step]:
+    """The preferences, where no judge makes them, and their tokens; scored by the base if a loss
+    needs that.
+    """
     steps = []
-    if "label" not in config.stages:
+    learning = learners(config)
+    for key, (algorithm, needs) in learning.items():
+        records = f"{key}={algorithm.name} needs {needs.records.__name__.lower()}s"
+        if "label" in config.stages:
+            if needs.records is not Preference:
+                raise ConfigError(
+                    f"{records}, and label makes preferences; choose an algorithm that trains on "
+                    "preferences"
+                )
+            continue
         provides = named_module("align.sources", config.data.name, config.data.module).PROVIDES
         if provides is not needs.records:
             raise ConfigError(
-                f"stages={shown(config)}: algorithm={config.algorithm.name} needs "
-                f"{needs.records.__name__.lower()}s, and data={config.data.name} gives "
+                f"stages={shown(config)}: {records}, and data={config.data.name} gives "
                 f"{provides.__name__.lower()}s; add generate and label to stages, or type "
                 "data=preferences"
             )
+    if "label" not in config.stages:
         read = ReadStage(source=config.data, test=False, limit=config.data.limit)
-        steps.append(
-            Step(name="preferences", stage="read", settings=read, links=("preferences.jsonl",))
-        )
-    elif needs.records is not Preference:
-        raise ConfigError(
-            f"algorithm={config.algorithm.name} needs {needs.records.__name__.lower()}s, and "
-            "label makes "
-            "preferences; choose an algorithm that trains on preferences"
-        )
+        links = {"preferences.jsonl": "preferences.jsonl"}
+        steps.append(Step(name="preferences", stage="read", settings=read, links=links))
     reference = ReferenceStage(
-        model=config.model, max_length=config.data.max_length, score=needs.reference
+        model=config.model,
+        max_length=config.data.max_length,
+        score=any(needs.reference for _, needs in learning.values()),
     )
-    train = TrainStage(
+    inputs = {"preferences": "preferences"}
+    return [*steps, Step(name="reference", stage="reference", settings=reference, inputs=inputs)]
+
+
+def rewarding(config: Config) -> Step:
+    assert config.reward is not None, "see learners"
+    settings = RewardStage(
+        model=config.model, adapter=config.reward_adapter, algorithm=config.reward, seed=config.seed
+    )
+    candidates = {"candidates": "candidates"} if "generate" in config.stages else {}
+    return Step(
+        name="reward",
+        stage="reward",
+        settings=settings,
+        inputs={"reference": "reference", **candidates},
+        links={"reward_model": "adapter", "reward.html": "report.html"},
+        distributed=True,
+    )
+
+
+def training(config: Config) -> Step:
+    assert config.algorithm is not None, "see learners"
+    settings = TrainStage(
         model=config.model, adapter=config.adapter, algorithm=config.algorithm, seed=config.seed
     )
-    pairs = {"preferences": "preferences"}
-    return [
-        *steps,
-        Step(name="reference", stage="reference", settings=reference, inputs=pairs),
-        Step(
-            name="train",
-            stage="train",
-            settings=train,
-            inputs={"reference": "reference"},
-            links=("adapter",),
-            distributed=True,
-        ),
-    ]
+    return Step(
+        name="train",
+        stage="train",
+        settings=settings,
+        inputs={"reference": "reference"},
+        links={"adapter": "adapter"},
+        distributed=True,
+    )
 
 
 def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
@@ -196,7 +256,7 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
                 name=config.name, label_judge=label_judge, config=yaml, command=command
             ),
             inputs={name: name for name in everything},
-            links=("report.html", "adapter"),
+            links={"report.html": "report.html", "adapter": "adapter"},
         ),
     ]
 
@@ -204,6 +264,7 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
 def test_prompts(config: Config) -> Step:
     """What the policy is measured on: the source's test file, else prompts of held-out pairs."""
     if config.data.test_path is None:
+        assert config.algorithm is not None, "see learners"
         hold_out = HoldOutStage(share=config.algorithm.held_out, limit=config.evaluate.limit)
         inputs = {"preferences": "preferences"}
         return Step(name="test_prompts", stage="hold_out", settings=hold_out, inputs=inputs)

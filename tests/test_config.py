@@ -27,6 +27,8 @@ NEEDS_MORE = {
     "data=qa_feedback": [f"data.path={__file__}"],
     "judge=openai": ["judge.model=gpt-4.1-mini"],
     "judge=local": ["judge.model.name=owner/name"],
+    "judge=reward_model": [f"judge.path={Path(__file__).parent}"],
+    "tuned=starter_reward": ["algorithm=reward"],
     "judge=jury": ["+judge@judge.members.a=rubric", "+judge@judge.members.b=scripted"],
 }
 
@@ -55,10 +57,9 @@ def said(answer: subprocess.CompletedProcess) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_composes_and_is_checked(file):
-    tree = composed(
-        "recipe=dpo", *([] if file == "recipe=dpo" else [file]), *NEEDS_MORE.get(file, [])
-    )
-    assert read_config(tree).recipe_name == "dpo"
+    recipe = [] if file.startswith("recipe=") else ["recipe=dpo"]
+    config = read_config(composed(*recipe, file, *NEEDS_MORE.get(file, [])))
+    assert config.recipe_name == (file.removeprefix("recipe=") if not recipe else "dpo")
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: p.stem)
@@ -117,7 +118,29 @@ def test_every_key_has_a_comment_in_its_file(path):
         ("stages=[train]", "add generate and label to stages, or type data=preferences"),
         ("stages=[label,train]", "label needs candidates; add generate before it"),
         ("stages=[generate,evaluate]", "add train before it"),
-        ("stages=[trian]", "stages=trian: must be one of generate, label, train, evaluate"),
+        ("stages=[trian]", "stages=trian: must be one of generate, label, reward, train, evaluate"),
+        (
+            "stages=[generate,label,reward]",
+            "no algorithm for it is chosen; type algorithm@reward=reward",
+        ),
+        ("recipe=reward reward.learning_rate=-1", "reward.learning_rate=-1.0: must be above 0"),
+        ("recipe=reward reward.centre=-1", "reward.centre=-1.0: must be at least 0"),
+        ("recipe=reward reward.betta=1", "reward.betta: no such setting"),
+        ("recipe=reward reward_adapter.rank=0", "reward_adapter.rank=0: must be at least 1"),
+        ("recipe=reward reward=mine", "type algorithm@reward=NAME with a file of conf/algorithm/"),
+        ("recipe=reward algorithm@reward=dpo", "type algorithm@reward=reward"),
+        ("recipe=reward stages=[reward]", "algorithm@reward=reward needs preferences, and data="),
+        ("recipe=reward algorithm.beta=1", "none is chosen there, and none has no settings"),
+        ("reward.epochs=1", "type algorithm@reward=NAME"),
+        ("algorithm=reward", "algorithm=reward: trains a reward model"),
+        ("algorithm=none", "algorithm=none: train needs one; type algorithm=dpo"),
+        ("judge=reward_model", "judge.path has no value; type judge.path=VALUE"),
+        ("judge=reward_model judge.path=no", "judge.path=no: no such folder"),
+        (
+            "judge=reward_model judge.path=. +model@judge.model=hf judge.model.name=x "
+            "judge.model.quantization=int3",
+            "judge.model.quantization=int3: must be one of",
+        ),
         ("stages=[]", "nothing to do"),
         ("judge=none", "label needs a judge"),
         ("name=a/b", "name=a/b: must be a folder name of its own"),
@@ -131,7 +154,7 @@ def test_every_key_has_a_comment_in_its_file(path):
     ],
 )
 def test_a_mistake_is_one_line_without_torch(override, says, tmp_path):
-    recipe = [] if override.startswith("recipe") else ["recipe=dpo"]
+    recipe = [] if override.startswith("recipe=") else ["recipe=dpo"]
     answer = run(*recipe, *override.split(), f"workspace={tmp_path}")
     lines = said(answer)
     assert answer.returncode == 1
@@ -143,7 +166,7 @@ def test_a_mistake_is_one_line_without_torch(override, says, tmp_path):
 def test_no_recipe_is_one_line_and_help_is_readable():
     answer = run()
     assert answer.returncode == 1 and said(answer) == [
-        "error: no recipe given; type recipe=NAME (dpo)"
+        "error: no recipe given; type recipe=NAME (dpo, reward)"
     ]
     started = time.monotonic()
     answer = run("--help")
@@ -238,6 +261,27 @@ def test_a_recipe_of_ones_own_has_the_last_word_but_for_the_command_line(tmp_pat
     algorithm = yaml.safe_load(answer.stdout)["algorithm"]
     assert algorithm["learning_rate"] == 1e-4 and algorithm["beta"] == 0.2
     assert algorithm["epochs"] == 3, "the rest as tuned"
+
+
+def test_the_reward_model_has_tuned_values_of_its_own_and_shapes_no_step_of_dpo():
+    tree = composed("recipe=reward")
+    own = composed("recipe=reward", "model=hf", "model.name=owner/name")
+    assert tree["reward"]["learning_rate"] > 1e-4 > 1e-5 < own["reward"]["learning_rate"] < 1e-4
+    config = read_config(tree)
+    assert config.algorithm is None and config.reward is not None
+    assert [step.name for step in plan(config, yaml="", command="")] == [
+        "prompts", "candidates", "preferences", "reference", "reward",
+    ]  # fmt: skip
+    alone = read_config(composed("recipe=dpo"))
+    assert alone.reward is None
+    both = read_config(
+        composed("recipe=dpo", "algorithm@reward=reward", "stages=[generate,label,reward,train]")
+    )
+    steps = {step.name: step for step in plan(both, yaml="", command="")}
+    assert list(steps) == ["prompts", "candidates", "preferences", "reference", "reward", "train"]
+    for step in plan(alone, yaml="", command=""):
+        if step.name in steps:
+            assert step == steps[step.name], "reward models and policies share what they can"
 
 
 def test_another_model_in_the_starters_place_is_warned_of(tmp_path):

@@ -107,7 +107,8 @@ def export_adapter(path: Path, out: Path) -> None:
     # PEFT writes a set in the order of the process's hash seed; sorted, equal runs leave equal
     # files.
     config = read_json(partial / "adapter_config.json")
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(set(config[key]))
     write_json(partial / "adapter_config.json", config)
     partial.rename(out)

@@ -1,6 +1,4 @@
-"""Trains a policy on pairs from beginning to end: resumes, measures, saves, and keeps the best
-adapter.
-"""
+"""Trains on pairs from beginning to end: resumes, measures, saves, and keeps the best adapter."""
 
 import math
 import os
@@ -21,8 +19,9 @@ from transformers import (
 
 from align.algorithms import checkpoints
 from align.algorithms.pairs import PairData, collate_pairs
+from align.algorithms.policy_objective import policy_objective
 from align.algorithms.preference_trainer import Objective, PairLoss, Policy, PreferenceTrainer
-from align.algorithms.settings import PreferenceTraining
+from align.algorithms.settings import PairTraining, PreferenceTraining
 from align.artifacts import COUNTS, write_atomic, write_json
 from align.errors import ConfigError, StageError
 from align.jsonl import dump_line
@@ -42,8 +41,27 @@ def fit(
     out: Path,
     remedy: str,
 ) -> None:
+    """Trains a policy by the loss that `results` makes of its log-probabilities, as `minimise`
+    does.
+    """
+    objective = policy_objective(results, settings=settings, seed=data.seed, remedy=remedy)
+    minimise(policy, data, objective=objective, settings=settings, out=out, title="train")
+
+
+def minimise(
+    policy: Policy,
+    data: PairData,
+    *,
+    objective: Objective,
+    settings: PairTraining,
+    out: Path,
+    title: str,
+) -> None:
     """Writes adapter/, curves.jsonl, metrics.json and counts.json; goes on from the newest whole
     checkpoint.
+
+    Args:
+        title: of the progress bar, and before the slash of the metrics' names.
 
     Raises:
         StageError: fewer pairs than one batch, or the run collapsed.
@@ -55,15 +73,9 @@ def fit(
         return  # killed between its last line and the manifest
     folder.mkdir(exist_ok=True)
     set_seed(data.seed)
-    conductor = Conductor(folder, settings)
+    conductor = Conductor(folder, settings, title=title)
     trainer = PreferenceTrainer(
-        objective=Objective(
-            results=results,
-            batch_size=settings.batch_size,
-            seed=data.seed,
-            max_drop=settings.max_drop,
-            remedy=remedy,
-        ),
+        objective=objective,
         model=policy.model,
         args=arguments(settings, policy, folder, seed=data.seed),
         train_dataset=data.train,
@@ -81,11 +93,11 @@ def fit(
     train(trainer, conductor, folder)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        close(policy, data, folder, out)
+        close(policy, data, folder, out, title=title)
     trainer.accelerator.wait_for_everyone()
 
 
-def check_enough(data: PairData, settings: PreferenceTraining) -> None:
+def check_enough(data: PairData, settings: PairTraining) -> None:
     if len(data.train) < settings.batch_size:
         raise StageError(
             f"algorithm.batch_size={settings.batch_size}: more than the {len(data.train)} "
@@ -95,23 +107,19 @@ def check_enough(data: PairData, settings: PreferenceTraining) -> None:
 
 
 def announce(
-    policy: Policy, data: PairData, args: TrainingArguments, settings: PreferenceTraining
+    policy: Policy, data: PairData, args: TrainingArguments, settings: PairTraining
 ) -> None:
     """One line on what is trained against which reference, and one where a setting could not be
     kept.
     """
-    print(
-        f"{len(data.train)} training pairs, {len(data.held_out)} held out; reference: "
-        f"{policy.reference}",
-        flush=True,
-    )
+    held_to = f"; reference: {policy.reference}" if policy.reference else ""
+    print(f"{len(data.train)} training pairs, {len(data.held_out)} held out{held_to}", flush=True)
     micro = args.per_device_train_batch_size
     if micro < settings.micro_batch_size:
         share = micro * args.gradient_accumulation_steps
         print(
-            f"algorithm.micro_batch_size={settings.micro_batch_size} does not divide the {share} "
-            "pairs of a "
-            f"process's step; using {micro}",
+            f"{settings.stands_at}.micro_batch_size={settings.micro_batch_size} does not divide "
+            f"the {share} pairs of a process's step; using {micro}",
             flush=True,
         )
 
@@ -133,7 +141,7 @@ def total_steps(trainer: PreferenceTrainer) -> int:
     return math.ceil(trainer.args.num_train_epochs * steps)
 
 
-def micro_batch(settings: PreferenceTraining, processes: int) -> int:
+def micro_batch(settings: PairTraining, processes: int) -> int:
     """Pairs per forward pass: the largest divisor of a process's share that is at most the
     configured one.
 
@@ -151,7 +159,7 @@ def micro_batch(settings: PreferenceTraining, processes: int) -> int:
 
 
 def arguments(
-    settings: PreferenceTraining, policy: Policy, folder: Path, *, seed: int
+    settings: PairTraining, policy: Policy, folder: Path, *, seed: int
 ) -> TrainingArguments:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro = micro_batch(settings, processes)
@@ -202,8 +210,8 @@ class Conductor(TrainerCallback):
     shows progress.
     """
 
-    def __init__(self, folder: Path, settings: PreferenceTraining) -> None:
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder: Path, settings: PairTraining, *, title: str) -> None:
+        self.folder, self.settings, self.title = folder, settings, title
         self.trainer: PreferenceTrainer | None = None
         self.due: set[int] = set()
         self.shown = ExitStack()
@@ -212,7 +220,7 @@ class Conductor(TrainerCallback):
         parts = self.settings.evaluations
         self.due = {max(1, round(state.max_steps * i / parts)) for i in range(1, parts + 1)}
         if state.is_world_process_zero:
-            bar = progress_bar("train", state.max_steps, unit="pairs", done=state.global_step)
+            bar = progress_bar(self.title, state.max_steps, unit="pairs", done=state.global_step)
             self.advance = self.shown.enter_context(bar)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -232,7 +240,7 @@ class Conductor(TrainerCallback):
         self.shown.close()
 
 
-def close(policy: Policy, data: PairData, folder: Path, out: Path) -> None:
+def close(policy: Policy, data: PairData, folder: Path, out: Path, *, title: str) -> None:
     """The best checkpoint's adapter, curves and metrics; then the checkpoints go.
 
     Everything is read from the last checkpoint, so that a run that was killed here ends like one
@@ -244,19 +252,17 @@ def close(policy: Policy, data: PairData, folder: Path, out: Path) -> None:
     best = checkpoints.best(logged, pairs=len(data.held_out))
     checkpoints.export_adapter(checkpoints.checkpoint(folder, best["step"]), out / "adapter")
     write_atomic(out / "curves.jsonl", b"".join(dump_line(line) for line in logged).decode())
-    write_json(out / COUNTS, {"reference": policy.reference})
-    write_json(
-        out / "metrics.json",
-        {
-            "train/best_step": best["step"],
-            "train/held_out_accuracy": best["eval_accuracy"],
-            "train/held_out_loss": best["eval_loss"],
-            "train/held_out_margin": best["eval_reward_margin"],
-            "train/held_out_pairs": len(data.held_out),
-            "train/pairs": len(data.train),
-            "train/steps": checkpoints.step_of(newest),
-        },
-    )
+    write_json(out / COUNTS, {"reference": policy.reference} if policy.reference else {})
+    measured = {
+        "best_step": best["step"],
+        "held_out_accuracy": best["eval_accuracy"],
+        "held_out_loss": best["eval_loss"],
+        "held_out_margin": best["eval_reward_margin"],
+        "held_out_pairs": len(data.held_out),
+        "pairs": len(data.train),
+        "steps": checkpoints.step_of(newest),
+    }
+    write_json(out / "metrics.json", {f"{title}/{key}": value for key, value in measured.items()})
     # Renamed first: a folder that stands under this name is always whole.
     gone = folder.with_name(GONE)
     folder.rename(gone)

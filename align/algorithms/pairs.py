@@ -54,8 +54,9 @@ def collate_pairs(pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of 2B rows, all chosen and then all rejected.
 
     Returns:
-        input_ids, response_mask: [2B, T]; p, margin (0 where there is none), reference_chosen,
-        reference_rejected, chosen_length, rejected_length: [B].
+        input_ids, response_mask: [2B, T]; lengths (of prompt and answer together): [2B]; p, margin
+        (0 where there is none), reference_chosen, reference_rejected, chosen_length,
+        rejected_length: [B].
     """
     rows = [
         Row(prompt=pair["prompt_ids"], completion=pair[f"{side}_ids"])
@@ -64,6 +65,7 @@ def collate_pairs(pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     ]
     packed = collate(rows)
     batch = {"input_ids": packed.input_ids, "response_mask": packed.response_mask}
+    batch["lengths"] = torch.tensor([len(row) for row in rows])
     for key in ("p", "reference_chosen", "reference_rejected"):
         batch[key] = torch.tensor([pair[key] for pair in pairs], dtype=torch.float32)
     margins = [pair.get("margin") or 0.0 for pair in pairs]

@@ -3,7 +3,7 @@ and measurements.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +14,18 @@ from transformers import Trainer
 from align.algorithms.dpo_loss import PairLogprobs
 from align.algorithms.pairs import GlobalBatchSampler, collate_pairs
 from align.errors import StageError
-from align.models.logprobs import default_budget, sequence_logprobs, token_budget_batches
+from align.models.logprobs import default_budget, token_budget_batches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What is trained, and what it is held to. `reference` says in words which model that is."""
+    """What is trained, and what it is held to. `reference` says in words which model that is, None
+    where the loss needs none.
+    """
 
     model: Any
     tokenizer: Any
-    reference: str
+    reference: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +38,32 @@ class Results:
 
 
 PairLoss = Callable[[PairLogprobs, torch.Tensor], Results]
+Batch = dict[str, torch.Tensor]
+Values = dict[str, torch.Tensor]  # of a batch's pairs by name, [B] each
 Sums = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What a run minimises, and when it is given up.
+    """What a run minimises, what it measures, and when it is given up.
 
     Attributes:
-        results: from log-probabilities and labels p [B] to `Results`.
+        measure: from the model and a batch to what is known of each pair: "loss", which is
+            minimised, and all other `names`.
+        names: of what is measured, in the order in which processes add it up.
+        logged: from sums over the pairs (and "pairs", their number) to what is logged.
+        collapsed: why a run cannot recover, from what was logged; None where all is well.
         batch_size: pairs of an optimizer step, over all processes.
         seed: orders the epochs.
-        max_drop: nats per token that chosen answers may lose against the reference.
         remedy: what to type when the run collapses.
     """
 
-    results: PairLoss
+    measure: Callable[[Any, Batch], Values]
+    names: Sequence[str]
+    logged: Callable[[Mapping[str, float]], dict[str, float]]
+    collapsed: Callable[[Mapping[str, float]], str | None]
     batch_size: int
     seed: int
-    max_drop: float
     remedy: str
 
 
@@ -81,20 +90,6 @@ class PreferenceTrainer(Trainer):
             epoch=lambda: int((self.state.epoch or 0) + 1e-9),
         )
 
-    def score(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[PairLogprobs, Results]:
-        """Policy log-probabilities of a batch and what the loss makes of them."""
-        found = sequence_logprobs(
-            model, input_ids=batch["input_ids"], response_mask=batch["response_mask"]
-        )
-        chosen, rejected = found.chunk(2)
-        given = (
-            "reference_chosen", "reference_rejected", "chosen_length", "rejected_length", "margin",
-        )  # fmt: skip
-        pairs = PairLogprobs(
-            policy_chosen=chosen, policy_rejected=rejected, **{key: batch[key] for key in given}
-        )
-        return pairs, self.objective.results(pairs, batch["p"])
-
     def compute_loss(
         self,
         model: Any,
@@ -105,11 +100,11 @@ class PreferenceTrainer(Trainer):
         """Sum over pairs / pairs in the global batch; times the processes, whose gradients DDP
         averages.
         """
-        pairs, results = self.score(model, inputs)
-        add(self.sums, summed(pairs, results))
+        values = self.objective.measure(model, inputs)
+        add(self.sums, summed(values))
         share = self.accelerator.num_processes / self.objective.batch_size
-        loss = results.loss.sum() * share
-        return (loss, results) if return_outputs else loss
+        loss = values["loss"].sum() * share
+        return (loss, values) if return_outputs else loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: nobody reads it, and Trainer walks all parameters for it on every
@@ -125,20 +120,15 @@ class PreferenceTrainer(Trainer):
             self.check_health(logs)
         super().log(logs)
 
+    @property
+    def summed_names(self) -> list[str]:
+        return ["pairs", *self.objective.names]
+
     def means(self, sums: Sums) -> dict[str, float]:
-        """Means over the pairs of all processes; what is lost per token is a mean over tokens."""
-        totals = self.accelerator.reduce(
-            torch.stack([sums[key] for key in SUMMED]), reduction="sum"
-        )
-        found = dict(zip(SUMMED, totals.tolist(), strict=True))
-        count = found.pop("pairs")
-        tokens = {side: found.pop(f"{side}_tokens") for side in SIDES}
-        drops = {side: found.pop(f"{side}_drop") for side in SIDES}
-        return {
-            **{key: value / count for key, value in found.items()},
-            "chosen_logps_per_token": found["chosen_logps"] / tokens["chosen"],
-            **{f"{side}_drop_per_token": drops[side] / tokens[side] for side in SIDES},
-        }
+        """What the objective logs of the pairs of all processes."""
+        names = self.summed_names
+        totals = self.accelerator.reduce(torch.stack([sums[key] for key in names]), reduction="sum")
+        return self.objective.logged(dict(zip(names, totals.tolist(), strict=True)))
 
     def check_health(self, logs: dict[str, float]) -> None:
         """Ends a run that cannot recover.
@@ -146,7 +136,7 @@ class PreferenceTrainer(Trainer):
         Raises:
             StageError: the step's measures say so.
         """
-        reason = collapsed(logs, max_drop=self.objective.max_drop)
+        reason = self.objective.collapsed(logs)
         if reason is not None:
             raise StageError(
                 f"training collapsed at step {self.state.global_step}: {reason}; "
@@ -160,11 +150,12 @@ class PreferenceTrainer(Trainer):
         rows: Any = eval_dataset or self.eval_dataset
         lengths = (2 * rows.lengths()).tolist()
         batches = list(token_budget_batches(lengths, budget=default_budget(self.args.device)))
-        sums = {key: torch.zeros((), device=self.args.device) for key in SUMMED}
+        sums = {key: torch.zeros((), device=self.args.device) for key in self.summed_names}
         with self.measuring():
             for mine in batches[self.accelerator.process_index :: self.accelerator.num_processes]:
                 batch = collate_pairs([rows[i] for i in mine])
-                add(sums, summed(*self.score(self.model, self._prepare_inputs(batch))))
+                values = self.objective.measure(self.model, self._prepare_inputs(batch))
+                add(sums, summed(values))
         metrics = {f"eval_{key}": value for key, value in self.means(sums).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -183,68 +174,25 @@ class PreferenceTrainer(Trainer):
             self.model.train()
 
 
-def collapsed(logs: Mapping[str, float], *, max_drop: float) -> str | None:
-    """Why a run cannot recover: numbers that are none, chosen answers that are lost, or a margin
-    that runs away because rejected ones are lost without end; None where all is well.
+def summed(values: Values) -> Sums:
+    """Sums over a batch's pairs and their number, so that means over any split of it come out the
+    same.
     """
+    count = torch.tensor(float(len(values["loss"])), device=values["loss"].device)
+    return {"pairs": count, **{key: value.detach().sum().float() for key, value in values.items()}}
+
+
+def ranked_right(margin: torch.Tensor) -> torch.Tensor:
+    """1 where chosen stands above rejected, 0.5 where they stand alike; [B]."""
+    return (margin > 0).float() + 0.5 * (margin == 0).float()
+
+
+def no_number(logs: Mapping[str, float]) -> str | None:
+    """Which of loss and gradient is none, or None."""
     for key in ("loss", "grad_norm"):
         if not math.isfinite(logs[key]):
             return f"{key} is {logs[key]}"
-    for side, times in (("chosen", 1), ("rejected", REJECTED_MAY_DROP)):
-        lost = logs[f"{side}_drop_per_token"]
-        if lost > times * max_drop:
-            allowed = f"{times} times " if times > 1 else ""
-            return (
-                f"{side} answers lost {lost:.2f} nats per token against the reference "
-                f"(more than {allowed}algorithm.max_drop={max_drop:g})"
-            )
     return None
-
-
-SIDES = ("chosen", "rejected")
-# Losing rejected answers is the aim, so they may lose this many times what chosen ones may.
-REJECTED_MAY_DROP = 5
-
-SUMMED = (
-    "pairs",
-    "loss",
-    "accuracy",
-    "reward_margin",
-    "chosen_reward",
-    "rejected_reward",
-    "chosen_logps",
-    "rejected_logps",
-    "kl",
-    "chosen_drop",
-    "rejected_drop",
-    "chosen_tokens",
-    "rejected_tokens",
-)
-
-
-def summed(pairs: PairLogprobs, results: Results) -> Sums:
-    """Sums over a batch's pairs, so that means over any split of it come out the same.
-
-    `kl` is the mean of log reference - log policy over both answers: KL(reference || policy) where
-    the reference sampled them, a measure of drift where it did not.
-    """
-    margin = results.chosen_reward - results.rejected_reward
-    named = {
-        "pairs": torch.ones_like(margin),
-        "loss": results.loss,
-        "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
-        "reward_margin": margin,
-        "chosen_reward": results.chosen_reward,
-        "rejected_reward": results.rejected_reward,
-        "chosen_logps": pairs.policy_chosen,
-        "rejected_logps": pairs.policy_rejected,
-        "kl": -(pairs.chosen_ratio + pairs.rejected_ratio) / 2,
-        "chosen_drop": -pairs.chosen_ratio,
-        "rejected_drop": -pairs.rejected_ratio,
-        "chosen_tokens": pairs.chosen_length,
-        "rejected_tokens": pairs.rejected_length,
-    }
-    return {key: value.detach().sum().float() for key, value in named.items()}
 
 
 def add(sums: Sums, more: Sums) -> None:

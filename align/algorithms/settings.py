@@ -15,7 +15,7 @@ UNSHAPING = {"fingerprint": "ignore"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceTraining:
+class PairTraining:
     """What every training on pairs shares. Batches are counted in pairs, over all devices
     together.
     """
@@ -34,7 +34,11 @@ class PreferenceTraining:
     gradient_checkpointing: bool
     held_out: float
     evaluations: int
-    max_drop: float
+
+    @property
+    def stands_at(self) -> str:
+        """Where it stands in the configuration, as `align.config` noted."""
+        return str(getattr(self, "_stands_at", "algorithm"))
 
     def __post_init__(self) -> None:
         check_range("algorithm.epochs", self.epochs, low=0, above=True)
@@ -48,6 +52,16 @@ class PreferenceTraining:
         check_choice("algorithm.optimizer", self.optimizer, OPTIMIZERS)
         check_range("algorithm.held_out", self.held_out, low=0, high=0.5, above=True)
         check_range("algorithm.evaluations", self.evaluations, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceTraining(PairTraining):
+    """Training of a policy on pairs, which may lose only so much of the chosen answers."""
+
+    max_drop: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("algorithm.max_drop", self.max_drop, low=0, above=True)
 
 
@@ -72,6 +86,22 @@ class Dpo(PreferenceTraining):
         check_choice("algorithm.loss", self.loss, DPO_LOSSES)
         check_range("algorithm.beta", self.beta, low=0, above=True)
         check_range("algorithm.label_smoothing", self.label_smoothing, low=0, high=0.49)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward(PairTraining):
+    """A reward model: a score for an answer, from pairs of them."""
+
+    label_smoothing: float
+    soft_labels: bool
+    margin: float
+    centre: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("algorithm.label_smoothing", self.label_smoothing, low=0, high=0.49)
+        check_range("algorithm.margin", self.margin, low=0)
+        check_range("algorithm.centre", self.centre, low=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -303,3 +303,28 @@ class Scripted:
     def judge(self) -> str:
         """What it is called in verdicts."""
         return "scripted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModel:
+    """A reward model in this process, which scores each answer by itself."""
+
+    name: str
+    module: str | None
+    identity: str | None
+    path: str = field(metadata=CONTENT)
+    model: Model | None
+    batch_tokens: int = field(metadata=UNSHAPING)
+
+    def __post_init__(self) -> None:
+        if not Path(self.path).is_dir():
+            raise ConfigError(
+                f"judge.path={self.path}: no such folder; give the adapter of a reward training "
+                "(runs/reward/latest/reward_model), or a classifier in Hugging Face format"
+            )
+        check_range("judge.batch_tokens", self.batch_tokens, low=1)
+
+    @property
+    def judge(self) -> str:
+        """What it is called in verdicts."""
+        return self.identity or Path(self.path).absolute().name

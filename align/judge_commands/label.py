@@ -76,7 +76,7 @@ class Labelling:
                 stage="label",
                 settings=stage,
                 inputs={"candidates": "candidates"},
-                links=("preferences.jsonl", "verdicts.jsonl"),
+                links={name: name for name in ("preferences.jsonl", "verdicts.jsonl")},
             ),
         ]
 

@@ -2,7 +2,8 @@
 merged.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,14 @@ class Saved:
     state: dict[str, torch.Tensor]
 
 
-def add_lora(model: Any, *, settings: Lora, seed: int, name: str = "default") -> Any:
+def add_lora(
+    model: Any,
+    *,
+    settings: Lora,
+    seed: int,
+    name: str = "default",
+    heads: Sequence[str] = (),
+) -> Any:
     """The model with a fresh trainable adapter; its output is at first exactly the base's.
 
         W x  becomes  W x + (alpha / rank) B A x,    A random from `seed`, B = 0
@@ -40,6 +48,9 @@ def add_lora(model: Any, *, settings: Lora, seed: int, name: str = "default") ->
     column, to a trained magnitude (Liu et al. 2024, arXiv:2402.09353, eq. 5).
     `prepare_model_for_kbit_training` is not called: it would turn embeddings, norms and head of the
     base to float32, so that policy and reference would differ in their base.
+
+    Args:
+        heads: modules of a classifier that are trained whole, and saved with the adapter.
 
     Raises:
         ConfigError: `adapter.target_modules` names no layer of the model.
@@ -50,7 +61,9 @@ def add_lora(model: Any, *, settings: Lora, seed: int, name: str = "default") ->
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         use_dora=settings.name == "dora",
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if heads else "CAUSAL_LM",
+        modules_to_save=list(heads) or None,
+        exclude_modules=heads_pattern(heads),
     )
     try:
         # The draw happens on the CPU, from its own generator state, whatever was drawn before.
@@ -69,6 +82,11 @@ def add_lora(model: Any, *, settings: Lora, seed: int, name: str = "default") ->
         ) from error
     keep_in_fp32(policy)
     return policy
+
+
+def heads_pattern(heads: Sequence[str]) -> str | None:
+    """For PEFT, what gets no adapter: the heads and all that is in them."""
+    return rf"({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None
 
 
 def linear_names(model: Any) -> list[str]:

@@ -44,6 +44,15 @@ class EncodedPair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodedAnswers:
+    """Several answers to one prompt, [R] each; `cut` tokens of them were taken off to fit."""
+
+    prompt: EncodedPrompt
+    answers: Sequence[tuple[int, ...]]
+    cut: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     """How a template frames an answer.
 
@@ -120,21 +129,30 @@ def encode_pair(tokenizer: Any, preference: Preference, *, max_length: int) -> E
     The prompt gives way first, but keeps a quarter of the window; answers longer than the rest lose
     their end.
     """
-    chosen = encode_completion(tokenizer, preference.chosen)
-    rejected = encode_completion(tokenizer, preference.rejected)
-    prompt = encode_prompt(tokenizer, preference.messages)
-    longest = max(len(chosen), len(rejected))
+    texts = (preference.chosen, preference.rejected)
+    found = encode_answers(tokenizer, preference.messages, texts, max_length=max_length)
+    return EncodedPair(
+        prompt=found.prompt.ids,
+        chosen=found.answers[0],
+        rejected=found.answers[1],
+        prompt_cut=found.prompt.cut,
+        completion_cut=found.cut,
+    )
+
+
+def encode_answers(
+    tokenizer: Any, messages: Sequence[Message], texts: Sequence[str], *, max_length: int
+) -> EncodedAnswers:
+    """Answers to one prompt, cut as in `encode_pair`."""
+    answers = [encode_completion(tokenizer, text) for text in texts]
+    prompt = encode_prompt(tokenizer, messages)
+    longest = max(map(len, answers))
     most = max(1, max_length - min(len(prompt.ids), max_length // 4))
     if len(prompt.ids) + longest > max_length:
         room = max_length - min(longest, most)
-        prompt = encode_prompt(tokenizer, preference.messages, max_tokens=room)
-    return EncodedPair(
-        prompt=prompt.ids,
-        chosen=chosen[:most],
-        rejected=rejected[:most],
-        prompt_cut=prompt.cut,
-        completion_cut=max(0, len(chosen) - most) + max(0, len(rejected) - most),
-    )
+        prompt = encode_prompt(tokenizer, messages, max_tokens=room)
+    cut = sum(max(0, len(answer) - most) for answer in answers)
+    return EncodedAnswers(prompt=prompt, answers=[a[:most] for a in answers], cut=cut)
 
 
 def end_of_turn(tokenizer: Any) -> int:
@@ -150,8 +168,9 @@ def end_of_turn(tokenizer: Any) -> int:
     return turn_frame(tokenizer).end
 
 
-def render(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of the conversation up to where the assistant is to speak.
+def render(tokenizer: Any, messages: Sequence[Message], *, answered: bool = False) -> list[int]:
+    """Token ids of the conversation up to where the assistant is to speak; of all that the template
+    writes where it is `answered` already.
 
     Raises:
         DataError: the template does not take such a conversation.
@@ -160,7 +179,9 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     mark = unused_character(f"{contents}{tokenizer.chat_template}")
     turns = [{"role": m.role, "content": guard(tokenizer, m.content, mark)} for m in messages]
     try:
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=not answered, tokenize=False
+        )
     except (TemplateError, ValueError, TypeError) as error:
         roles = " → ".join(message.role for message in messages)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,6 +2,7 @@
 anything.
 """
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,9 +48,10 @@ def hub_commit(name: str, revision: str | None) -> str:
     ) as error:  # the hub's client raises its HTTP library's errors, which change with it
         reason = f"no such folder, and the hub did not give it ({type(error).__name__})"
     if "hub id" not in reason:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
+        with contextlib.suppress(HFValidationError):  # offline, nothing has looked at it yet
+            cached = try_to_load_from_cache(name, "config.json", revision=revision)
+            if isinstance(cached, str):
+                return Path(cached).parent.name
     at = f" (revision {revision})" if revision else ""
     raise ConfigError(
         f"model.name={name}{at}: {reason}; check the spelling or give an existing folder"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -21,6 +22,9 @@ from align.models.settings import Model
 
 # Where a configuration names no window (state-space models), sequences are still held to something.
 UNKNOWN_WINDOW = 4096
+# What an encoder without a template reads: [CLS] question [SEP] answer [SEP], as its own pairs of
+# texts are put together. Who speaks is told by the order alone.
+SEPARATED = "{{ cls_token }}{% for m in messages %}{{ m.content }}{{ sep_token }}{% endfor %}"
 
 
 def quiet() -> None:
@@ -29,6 +33,8 @@ def quiet() -> None:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     # peft 0.21 reads attributes that transformers 5 renamed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # GPT-2's layers hold their weights transposed, which peft finds out by itself
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
 
 
 def default_device() -> torch.device:
@@ -46,9 +52,13 @@ def compute_dtype(settings: Model, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: Model, *, encoder: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer with its chat template, or with the one of `model.chat_template`; pads with EOS
     where it has no pad.
+
+    Args:
+        encoder: whether the model only reads. Such a one (BERT) knows no turns; without a template
+            of its own it is shown the messages and the answer with its separator behind each.
 
     Raises:
         ConfigError: no such model, or no chat template.
@@ -59,6 +69,8 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
         raise missing(settings, "tokenizer", error) from error
     if settings.chat_template is not None:
         tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+    if encoder and tokenizer.chat_template is None and tokenizer.sep_token is not None:
+        tokenizer.chat_template = SEPARATED
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"model.name={settings.name}: its tokenizer has no chat template, so a conversation "
@@ -96,16 +108,38 @@ def load_model(settings: Model, *, device: torch.device | None = None) -> Any:
     return model
 
 
-def quantization(settings: Model, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def load_config(settings: Model) -> Any:
+    """What the model is, without its weights.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(settings.name, revision=settings.revision)
+    except (OSError, ValueError) as error:
+        raise missing(settings, "configuration", error) from error
+
+
+def quantization(
+    settings: Model, dtype: torch.dtype, *, whole: list[str] | None = None
+) -> BitsAndBytesConfig | None:
+    """How weights are packed.
+
+    Args:
+        whole: modules that are left as they are; None: the language model's head.
+    """
     if settings.quantization == "nf4":
         return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=whole,  # its name is older than 4-bit weights
         )
     if settings.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_8bit=True, llm_int8_skip_modules=whole
+        )
     return None
 
 
@@ -132,12 +166,19 @@ def missing(settings: Model, what: str, error: Exception) -> ConfigError:
 
 
 def window(model: Any) -> int:
-    """The most tokens that a sequence may have."""
-    config = (
-        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    )
+    """The most tokens that a sequence may have, of a model or its configuration."""
+    config = getattr(model, "config", model)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         size = getattr(config, name, None)
         if isinstance(size, int) and size > 0:
             return size
     return UNKNOWN_WINDOW
+
+
+def room(model: Any, tokenizer: Any) -> int:
+    """The window; of an encoder that was given our template no more than its tokenizer says, for
+    some (RoBERTa) have positions that no token can take.
+    """
+    most = window(model)
+    return min(most, tokenizer.model_max_length) if tokenizer.chat_template == SEPARATED else most

@@ -18,7 +18,7 @@ from align.artifacts import write_json
 from align.errors import DataError
 from align.jsonl import read_records
 from align.models.chat import encode_pair
-from align.models.load import load_model, load_tokenizer, window
+from align.models.load import load_config, load_model, load_tokenizer, room
 from align.models.logprobs import (
     Row,
     collate,
@@ -100,12 +100,13 @@ def run(settings: ReferenceStage, inputs: dict[str, Path], out: Path) -> None:
     Raises:
         DataError: a prompt whose template alone does not fit, or no preferences at all.
     """
-    model = load_model(settings.model)
-    length = min(settings.max_length or window(model), window(model))
+    # Without scores the weights are not needed, and an encoder's could not be loaded.
+    model = load_model(settings.model) if settings.score else None
+    tokenizer = load_tokenizer(settings.model, encoder=not settings.score)
+    most = room(load_config(settings.model) if model is None else model, tokenizer)
+    length = min(settings.max_length or most, most)
     if not (out / PAIRS).exists():
-        tokenize(
-            load_tokenizer(settings.model), inputs["preferences"], out / PAIRS, max_length=length
-        )
+        tokenize(tokenizer, inputs["preferences"], out / PAIRS, max_length=length)
     rows: Any = Dataset.from_file(str(out / PAIRS))
     if not settings.score:
         nothing = torch.zeros(len(rows))
@@ -120,10 +121,10 @@ def run(settings: ReferenceStage, inputs: dict[str, Path], out: Path) -> None:
         "reference": REFERENCE if settings.score else None,
     }
     write_json(out / "counts.json", counts)
+    held_to = f"; reference: {REFERENCE}" if settings.score else ""
     print(
         f"{counts['pairs']} pairs of at most {length} tokens: {counts['prompts_cut']} prompts cut "
-        f"from the left, answers cut in {counts['completions_cut']}; reference: "
-        f"{counts['reference']}",
+        f"from the left, answers cut in {counts['completions_cut']}{held_to}",
         flush=True,
     )
 

@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from align.algorithms.settings import PreferenceTraining
+from align.algorithms.settings import PairTraining
 from align.checks import check_choice, check_range
 from align.models.settings import Lora, Model
 from align.samplers.settings import Hf
@@ -99,11 +99,20 @@ class HoldOutStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardStage:
+    version: ClassVar[int] = 1
+    model: Model
+    adapter: Lora
+    algorithm: PairTraining
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainStage:
     version: ClassVar[int] = 2
     model: Model
     adapter: Lora
-    algorithm: PreferenceTraining
+    algorithm: PairTraining
     seed: int
 
 

@@ -19,7 +19,8 @@ from align.algorithms import checkpoints, dpo
 from align.algorithms import fit as fitting
 from align.algorithms.dpo_loss import PairLogprobs
 from align.algorithms.pairs import GlobalBatchSampler, PairData, PairRows, collate_pairs
-from align.algorithms.preference_trainer import Policy, PreferenceTrainer, collapsed
+from align.algorithms.policy_objective import collapsed
+from align.algorithms.preference_trainer import Policy, PreferenceTrainer
 from align.algorithms.settings import Dpo
 from align.errors import ConfigError, StageError
 from align.models.adapters import add_lora, load_adapter, without_adapter

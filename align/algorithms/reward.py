@@ -1,0 +1,86 @@
+"""A reward model: a score for an answer, learnt from pairs of them.
+
+Deviations from TRL's trainer: soft labels and label smoothing, the end of turn counted where it is
+also the padding, the head saved with the adapter and kept in float32, a mean over the pairs of a
+global batch however it is split.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.algorithms.needs import Needs
+from align.algorithms.settings import Reward
+from align.errors import StageError
+from align.records import Preference
+
+if TYPE_CHECKING:
+    from align.algorithms.pairs import PairData
+    from align.algorithms.preference_trainer import Batch, Objective, Policy, Values
+
+NEEDS = Needs(records=Preference, reference=False)
+NAMES = ("loss", "accuracy", "reward_margin", "chosen_reward", "rejected_reward")
+
+
+def train(policy: "Policy", data: "PairData", *, settings: Reward, out: Path) -> None:
+    """Writes out/adapter (with the head in it), out/curves.jsonl and out/metrics.json; goes on from
+    out/checkpoints. `policy.model` is a classifier with an adapter.
+    """
+    from align.algorithms.fit import minimise
+
+    if settings.margin and not any(data.train[i].get("margin") for i in range(len(data.train))):
+        raise StageError(
+            f"algorithm.margin={settings.margin:g}: no pair has a margin that it could count; type "
+            "judge.scale=five, or algorithm.margin=0"
+        )
+    goal = objective(settings, seed=data.seed)
+    minimise(policy, data, objective=goal, settings=settings, out=out, title="reward")
+
+
+def objective(settings: Reward, *, seed: int) -> "Objective":
+    """The Bradley-Terry loss and what is measured beside it."""
+    from align.algorithms.preference_trainer import Objective, no_number
+
+    return Objective(
+        measure=lambda model, batch: measure(model, batch, settings=settings),
+        names=NAMES,
+        logged=means,
+        collapsed=no_number,
+        batch_size=settings.batch_size,
+        seed=seed,
+        remedy=(
+            f"lower algorithm.learning_rate (now {settings.learning_rate:g}; try "
+            f"{settings.learning_rate / 4:g})"
+        ),
+    )
+
+
+def measure(model: Any, batch: "Batch", *, settings: Reward) -> "Values":
+    """What is known of each pair, [B] each."""
+    from align.algorithms.dpo_loss import hard_labels, soft_label
+    from align.algorithms.preference_trainer import ranked_right
+    from align.algorithms.reward_loss import bradley_terry
+    from align.models.classifier import scores
+
+    found = scores(model, input_ids=batch["input_ids"], lengths=batch["lengths"])
+    chosen, rejected = found.chunk(2)
+    p = batch["p"] if settings.soft_labels else hard_labels(batch["p"])
+    loss = bradley_terry(
+        chosen,
+        rejected,
+        q=soft_label(p, label_smoothing=settings.label_smoothing),
+        margin=batch["margin"],
+        scale=settings.margin,
+        centre=settings.centre,
+    )
+    return {
+        "loss": loss,
+        "accuracy": ranked_right(chosen - rejected),
+        "reward_margin": chosen - rejected,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+    }
+
+
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+    return {key: value / sums["pairs"] for key, value in sums.items() if key != "pairs"}

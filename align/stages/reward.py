@@ -1,0 +1,194 @@
+"""Trains a reward model on pairs that were tokenized before, and measures what its scores are
+worth.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align import ranking
+from align.algorithms.pairs import PairData, PairRows
+from align.algorithms.preference_trainer import Policy
+from align.artifacts import COUNTS, read_json, write_atomic, write_json
+from align.errors import keyed
+from align.jsonl import IndexedRecords, dump_line
+from align.models.classifier import is_encoder, load_classifier, load_weights, score_adapter
+from align.models.load import load_tokenizer
+from align.models.scorer import REWARD, Scorer
+from align.named import named_module
+from align.progress import progress_bar
+from align.records import Candidate
+from align.stages.reward_page import page, sentence
+from align.stages.settings import RewardStage
+from align.stages.train import split
+
+REFERENCES = 1000  # responses that mean and deviation are taken of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One held-out pair: what the judge said, raw scores and lengths in tokens of both answers."""
+
+    id: str
+    prompt: str
+    p: float
+    score_chosen: float
+    score_rejected: float
+    length_chosen: int
+    length_rejected: int
+
+    @property
+    def difference(self) -> float:
+        return self.score_chosen - self.score_rejected
+
+    @property
+    def longer(self) -> int:
+        """By how many tokens chosen is longer."""
+        return self.length_chosen - self.length_rejected
+
+
+def run(settings: RewardStage, inputs: dict[str, Path], out: Path) -> None:
+    """Writes adapter/ (plain PEFT with the head in it, and reward.json), curves.jsonl,
+    held_out.jsonl, metrics.json, counts.json, report.html and verdict.txt.
+
+    Goes on from checkpoints/. Runs the same in one process or as one of several of
+    `accelerate launch`; only the first writes.
+    """
+    name, module = settings.algorithm.name, settings.algorithm.module
+    algorithm = named_module("align.algorithms", name, module)
+    with keyed("reward", own="algorithm"), keyed("reward_adapter", own="adapter"):
+        data = split(inputs["reference"], share=settings.algorithm.held_out, seed=settings.seed)
+        base = load_classifier(settings.model, seed=settings.seed)
+        model = score_adapter(base, settings=settings.adapter, seed=settings.seed)
+        policy = Policy(model=model, tokenizer=None, reference=None)
+        algorithm.train(policy, data, settings=settings.algorithm, out=out)
+    if os.environ.get("RANK", "0") == "0":
+        load_weights(model, out / "adapter")  # the best, which need not be the last
+        model.train(False)
+        conclude(settings, inputs, model, data, out)
+
+
+def conclude(
+    settings: RewardStage, inputs: dict[str, Path], model: Any, data: PairData, out: Path
+) -> None:
+    """Measures, calibrates and reports; nothing that was trained changes."""
+    most = read_json(inputs["reference"] / COUNTS)["max_length"]
+    tokenizer = load_tokenizer(settings.model, encoder=is_encoder(model))
+    scorer = Scorer(model=model, tokenizer=tokenizer, max_length=most)
+    found = judged(scorer, data.held_out)
+    write_atomic(
+        out / "held_out.jsonl", b"".join(dump_line(asdict(pair)) for pair in found).decode()
+    )
+    told = calibrated(scorer, inputs, data)
+    base = {"base": asdict(settings.model), "max_length": most}
+    write_json(out / "adapter" / REWARD, {**told, **base})
+    metrics = {
+        **read_json(out / "metrics.json"),
+        **measures(found, seed=settings.seed),
+        "reward/mean": told["mean"],
+        "reward/std": told["std"],
+    }
+    write_json(out / "metrics.json", metrics)
+    write_json(out / COUNTS, {"pairs": len(data.train), "held_out": len(data.held_out)})
+    write_atomic(out / "verdict.txt", sentence(metrics) + "\n")
+    write_atomic(out / "report.html", page(out, base=Path(settings.model.name).name))
+
+
+def read(scorer: Scorer, rows: Sequence[Sequence[int]], *, title: str) -> list[float]:
+    """The raw score of each row of token ids, in their order."""
+    with progress_bar(title, len(rows), unit="tokens") as advance:
+        return scorer.row_scores(rows, advance=advance)
+
+
+def both_rows(pairs: PairRows, indices: Sequence[int]) -> list[list[int]]:
+    """Chosen and rejected of each pair in turn, with their prompt."""
+    found = []
+    for i in indices:
+        pair = pairs[i]
+        found += [[*pair["prompt_ids"], *pair[f"{side}_ids"]] for side in ("chosen", "rejected")]
+    return found
+
+
+def judged(scorer: Scorer, pairs: PairRows) -> list[Judged]:
+    """The held-out pairs with their scores."""
+    found = read(scorer, both_rows(pairs, range(len(pairs))), title="held out")
+    return [
+        Judged(
+            id=pairs[i]["id"],
+            prompt=pairs[i]["prompt"],
+            p=pairs[i]["p"],
+            score_chosen=found[2 * i],
+            score_rejected=found[2 * i + 1],
+            length_chosen=len(pairs[i]["chosen_ids"]),
+            length_rejected=len(pairs[i]["rejected_ids"]),
+        )
+        for i in range(len(pairs))
+    ]
+
+
+def measures(found: Sequence[Judged], *, seed: int) -> dict[str, float]:
+    """Flat, `reward/…`; see `align.ranking` for what each one is."""
+    d, p, longer = (
+        np.array([getattr(pair, name) for pair in found], dtype=float)
+        for name in ("difference", "p", "longer")
+    )
+    right = ranking.clustered_mean(
+        ranking.ranked_right(d), [pair.prompt for pair in found], seed=seed
+    )
+    rates = {
+        "longer_wins": ranking.longer_wins(ranking.ranked_right(d), longer),
+        "longer_wins_judge": ranking.longer_wins(0.5 + 0.5 * np.sign(p - 0.5), longer),
+    }
+    return {
+        "reward/held_out_accuracy": right.mean,
+        "reward/held_out_accuracy_low": right.low,
+        "reward/held_out_accuracy_high": right.high,
+        "reward/held_out_prompts": right.n,
+        "reward/calibration_error": ranking.calibration(d, p).error,
+        "reward/length_correlation": ranking.length_correlation(d, longer),
+        **{f"reward/{key}": rate for key, rate in rates.items() if rate is not None},
+    }
+
+
+def calibrated(scorer: Scorer, inputs: dict[str, Path], data: PairData) -> dict[str, Any]:
+    """Mean and deviation of the scores over reference responses: what `reward.json` says.
+
+    What the policy answers where candidates are there, else the answers of training pairs. Scores
+    are only known up to their level and, against a KL penalty, their scale; taken once and frozen,
+    so that the strength of that penalty does not drift.
+    """
+    draw = np.random.default_rng(data.seed)
+    if "candidates" in inputs:
+        told = "answers of the model before training"
+        rows = [
+            scorer.encoded(candidate.messages, candidate.responses[k].text)
+            for candidate, k in drawn(inputs["candidates"] / "candidates.jsonl", draw)
+        ]
+    else:
+        told = "answers of the training pairs"
+        most = min(len(data.train), REFERENCES // 2)
+        rows = both_rows(data.train, sorted(draw.choice(len(data.train), most, replace=False)))
+    raw = np.array(read(scorer, rows, title="calibrate"))
+    # A model that scores all alike has no scale; its scores are then left as they are.
+    std = float(raw.std()) if raw.std() > 1e-8 else 1.0
+    return {
+        "mean": float(raw.mean()),
+        "std": std,
+        "n": len(rows),
+        "reference": told,
+    }
+
+
+def drawn(path: Path, draw: np.random.Generator) -> list[tuple[Candidate, int]]:
+    """One response, by its index, of each of at most `REFERENCES` prompts."""
+    candidates = IndexedRecords(path, Candidate.from_json)
+    most = min(len(candidates), REFERENCES)
+    found = []
+    for i in sorted(draw.choice(len(candidates), most, replace=False)):
+        candidate = candidates[int(i)]
+        found.append((candidate, int(draw.integers(len(candidate.responses)))))
+    return found

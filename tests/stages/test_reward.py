@@ -1,0 +1,218 @@
+"""The reward stage: whole after a kill, frozen scale, and encoders as well as decoders."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+
+from align.errors import StageError
+from align.jsonl import read_records
+from align.models.scorer import Scorer, open_scorer
+from align.models.settings import Model
+from align.records import Candidate, Message
+from align.stages import reference, reward
+from align.stages.settings import ReferenceStage, RewardStage
+from tests.algorithms.test_reward import SETTINGS
+from tests.conftest import model_settings
+from tests.models.test_classifier import save_encoder
+from tests.stages.pairs import LORA, write_preferences
+
+ROOT = Path(__file__).parent.parent.parent
+ALGORITHM = replace(SETTINGS, held_out=0.3, micro_batch_size=2, learning_rate=1e-3)
+FILES = [
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/reward.json",
+    "counts.json", "curves.jsonl", "held_out.jsonl", "metrics.json", "report.html", "verdict.txt",
+]  # fmt: skip
+
+
+def tokenized(model: Model, folder: Path) -> Path:
+    out = folder / "reference"
+    out.mkdir()
+    preferences = write_preferences(folder / "preferences")
+    settings = ReferenceStage(model=model, max_length=None, score=False)
+    reference.run(settings, {"preferences": preferences}, out)
+    return out
+
+
+def write_candidates(folder: Path) -> Path:
+    folder.mkdir()
+    lines = [
+        {"id": str(i), "prompt": f"Question {i}?", "responses": ["Yes." * (i + 1), f"No, {i}.", ""]}
+        for i in range(20)
+    ]
+    (folder / "candidates.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def stage(model: Model) -> RewardStage:
+    return RewardStage(model=model, adapter=LORA, algorithm=ALGORITHM, seed=1)
+
+
+def trained(model: Model, folder: Path, **inputs: Path) -> Path:
+    given = {"reference": tokenized(model, folder), **inputs}
+    out = folder / "out"
+    out.mkdir()
+    reward.run(stage(model), given, out)
+    return out
+
+
+def left(out: Path) -> dict[str, bytes]:
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_what_it_writes_agrees_with_itself(tiny: Model, tmp_path: Path) -> None:
+    out = trained(tiny, tmp_path)
+    assert sorted(left(out)) == FILES
+    metrics = json.loads((out / "metrics.json").read_text())
+    pairs = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    right = [pair["score_chosen"] > pair["score_rejected"] for pair in pairs]
+    assert metrics["reward/held_out_accuracy"] == pytest.approx(numpy.mean(right))
+    low, high = (metrics[f"reward/held_out_accuracy_{end}"] for end in ("low", "high"))
+    assert low <= metrics["reward/held_out_accuracy"] <= high
+    assert metrics["reward/held_out_prompts"] < metrics["reward/held_out_pairs"] == len(pairs)
+    assert all(key.startswith("reward/") for key in metrics)
+    page = (out / "report.html").read_text()
+    assert f"{100 * numpy.mean(right):.1f}%" in page and page.count("<svg") == 7
+    assert not re.search(r"(src|href)=.http", page)
+    told = (out / "verdict.txt").read_text()
+    assert told.endswith("\n") and str(len(pairs)) in told
+
+
+def test_reference_responses_have_mean_0_and_deviation_1_after_reload(
+    tiny_nf4: Model, tmp_path: Path
+) -> None:
+    folder = write_candidates(tmp_path / "candidates")
+    out = trained(tiny_nf4, tmp_path, candidates=folder)
+    told = json.loads((out / "adapter" / "reward.json").read_text())
+    assert told["n"] == 20 and told["reference"] == "answers of the model before training"
+    scorer = open_scorer(out / "adapter", base=None)
+    drawn = reward.drawn(folder / "candidates.jsonl", numpy.random.default_rng(1))
+    raw = scorer.scores([(c.messages, c.responses[k].text) for c, k in drawn])
+    normal = [scorer.normalised(value) for value in raw]
+    assert numpy.mean(normal) == pytest.approx(0, abs=1e-4)
+    assert numpy.std(normal) == pytest.approx(1, abs=1e-4)
+    assert len({c.id for c, _ in drawn}) == 20
+    known = list(read_records(folder / "candidates.jsonl", Candidate.from_json))
+    assert {c.id for c, _ in drawn} == {c.id for c in known}
+
+
+def test_text_scores_as_the_tokens_that_were_trained_on(tiny: Model, tmp_path: Path) -> None:
+    out = trained(tiny, tmp_path)
+    scorer = open_scorer(out / "adapter", base=None)
+    file = tmp_path / "preferences" / "preferences.jsonl"
+    lines = {json.loads(line)["chosen"]: json.loads(line) for line in file.read_text().splitlines()}
+    pairs = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    for pair in pairs:
+        known = [line for line in lines.values() if line["id"] == pair["id"]]
+        found = scorer.scores(
+            [((Message(role="user", content=x["messages"][0]["content"]),), x["chosen"])
+             for x in known]
+        )  # fmt: skip
+        assert min(abs(score - pair["score_chosen"]) for score in found) < 1e-4
+
+
+def test_an_encoder_learns_too_and_its_weights_are_not_needed_for_tokens(tmp_path: Path) -> None:
+    from transformers import BertTokenizer
+
+    folder = save_encoder(tmp_path / "bert")
+    words = ["days", "office", "three", "pay", "employer", "the", "of", "no", "0", "1"]
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (tmp_path / "vocab.txt").write_text("\n".join(known))
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    model = model_settings(folder)
+    weights = folder / "model.safetensors"
+    hidden = weights.rename(tmp_path / "hidden")
+    tokens = tokenized(model, tmp_path)
+    hidden.rename(weights)
+    out = tmp_path / "out"
+    out.mkdir()
+    reward.run(stage(model), {"reference": tokens}, out)
+    assert sorted(left(out)) == FILES
+    scorer = open_scorer(out / "adapter", base=None)
+    question = (Message(role="user", content="three days"),)
+    ids = scorer.encoded(question, "no pay")
+    assert scorer.tokenizer.convert_ids_to_tokens(ids) == [
+        "[CLS]", "three", "days", "[SEP]", "no", "pay", "[SEP]",
+    ]  # fmt: skip
+    hostile = scorer.encoded(question, "no [SEP] pay")
+    assert hostile.count(scorer.tokenizer.sep_token_id) == 2, "text cannot end a turn"
+    one, two = scorer.scores([(question, "no pay"), (question, "the office of the employer")])
+    assert one != two
+
+
+def test_a_sigkill_in_the_middle_changes_no_bit(tiny_nf4: Model, tmp_path: Path) -> None:
+    tokens = tokenized(tiny_nf4, tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for out in (whole, killed):
+        out.mkdir()
+    command = [sys.executable, "-m", "tests.stages.test_reward", tiny_nf4.name, str(tokens)]
+    child = subprocess.Popen(
+        [*command, str(killed)], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("checkpoints/checkpoint-*/complete")):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL and not (killed / "verdict.txt").exists()
+    for out in (whole, killed):
+        reward.run(stage(tiny_nf4), {"reference": tokens}, out)
+    assert left(killed) == left(whole)
+
+
+def test_killed_while_measuring_it_measures_again(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tokenized(tiny, tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for out in (whole, killed):
+        out.mkdir()
+    reward.run(stage(tiny), {"reference": tokens}, whole)
+
+    def die(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward, "calibrated", die)
+        with pytest.raises(KeyboardInterrupt):
+            reward.run(stage(tiny), {"reference": tokens}, killed)
+    reward.run(stage(tiny), {"reference": tokens}, killed)
+    assert left(killed) == left(whole)
+
+
+def test_errors_name_the_keys_as_they_are_typed(tiny: Model, tmp_path: Path) -> None:
+    tokens = tokenized(tiny, tmp_path)
+    for change, says in (
+        ({"algorithm": replace(ALGORITHM, batch_size=999)}, r"reward\.batch_size=999"),
+        ({"algorithm": replace(ALGORITHM, held_out=1e-9)}, r"reward\.held_out=1e-09"),
+        ({"adapter": replace(LORA, target_modules=["no"])}, r"reward_adapter\.target_modules"),
+    ):
+        with pytest.raises(Exception, match=says):
+            reward.run(replace(stage(tiny), **change), {"reference": tokens}, tmp_path)
+
+
+def test_a_folder_without_a_reward_model_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="neither an adapter nor a model"):
+        open_scorer(tmp_path, base=None)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(StageError, match=r"no reward\.json that names its base"):
+        open_scorer(tmp_path, base=None)
+
+
+def test_no_conversation_needs_no_model() -> None:
+    assert Scorer(model=None, tokenizer=None, max_length=1).row_scores([], budget=1) == []
+
+
+if __name__ == "__main__":
+    name, tokens, out = sys.argv[1:]
+    model = model_settings(Path(name), quantization="nf4")
+    reward.run(stage(model), {"reference": Path(tokens)}, Path(out))
