@@ -96,7 +96,8 @@ class Chat:
         model_settings = Model(**config["model"])
         self.settings, self.console, self.config = settings, console, config
         self.tokenizer = load_tokenizer(model_settings)
-        self.model = load_adapter(load_model(model_settings), settings.folder / "adapter")
+        self.base = load_model(model_settings)
+        self.model = load_adapter(self.base, settings.folder / "adapter")
         self.sampler = Hf(
             name="hf",
             module=None,
@@ -121,9 +122,9 @@ class Chat:
         said = Message(role="user", content=question)
         self.before.append(said)
         self.after.append(said)
-        with without_adapter(self.model):
-            old = self.answer(self.before)
-        new = self.answer(self.after)
+        with without_adapter(self.model, self.base) as base:
+            old = self.answer(base, self.before)
+        new = self.answer(self.model, self.after)
         self.turn += 1
         # Text, not markup: what a model says must not be read as instructions to the terminal's
         # formatter.
@@ -134,13 +135,13 @@ class Chat:
         ]
         self.console.print(Columns(panels))
 
-    def answer(self, messages: list[Message]) -> str:
+    def answer(self, model: Any, messages: list[Message]) -> str:
         from align.samplers.hf import lay_out, sample
 
         prompt = Prompt(id=f"chat-{self.turn}", messages=tuple(messages))
-        layout = lay_out(self.model, self.tokenizer, [prompt], settings=self.sampler)
+        layout = lay_out(model, self.tokenizer, [prompt], settings=self.sampler)
         batches = sample(
-            self.model,
+            model,
             self.tokenizer,
             [prompt],
             layout=layout,

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from align.algorithms.settings import PairTraining
 from align.checks import check_choice, check_range
 from align.errors import ConfigError, keyed
-from align.models.settings import Lora, Model
+from align.models.settings import Full, Lora, Model
 from align.samplers.settings import Hf
 from align.sources.settings import Source
 from align.stages.settings import Evaluate, Label
@@ -79,12 +79,12 @@ class Config:
     verify: bool
     retry: bool
     model: Model
-    adapter: Lora
+    adapter: Lora | Full
     data: Source
     sampler: Hf
     judge: Any
     label: Label
-    algorithm: PairTraining | None
+    algorithm: Any
     reward: PairTraining | None
     reward_adapter: Lora
     evaluate: Evaluate
@@ -229,7 +229,9 @@ def build_named(key: str, room: str, hint: Any, node: Any) -> Any:
             f"{key}={node}: is a group, not a value; type {typed}=NAME with a file of "
             f"conf/{folder}/"
         )
-    if key in ("model", "adapter"):
+    if key == "adapter":
+        return build(Full if node.get("name") == "full" else Lora, node, f"{key}.")
+    if key == "model":
         return build(hint, node, f"{key}.")
     name, module = node.get("name"), node.get("module")
     if name == "none":

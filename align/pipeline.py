@@ -17,7 +17,8 @@ from align.config import Config, Launch
 from align.errors import StageError
 from align.launch import perform
 from align.models.identity import pinned
-from align.plan import Step, plan, shape
+from align.plan import Step, needed, plan
+from align.shapes import shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ def run_pipeline(config: Config, *, tree: Mapping[str, Any], overrides: list[str
         AlignError: the plan cannot work, or a stage cannot go on.
     """
     command = shlex.join(["python", "-m", "align.run", *overrides])
+    tell_left_out(config)
     plan(config, yaml="", command=command)  # what cannot work is refused before the hub is asked
     config = replace(config, model=pinned(config.model))
     frozen = {**tree, "model": {**tree["model"], "revision": config.model.revision}}
@@ -57,6 +59,12 @@ def run_pipeline(config: Config, *, tree: Mapping[str, Any], overrides: list[str
     done.run.event("finished")
     closing(done)
     return Outcome(overrides=overrides, folder=done.run.path, metrics=metrics)
+
+
+def tell_left_out(config: Config) -> None:
+    kept = needed(config)
+    if odd := [stage for stage in config.stages if stage not in kept]:
+        print(f"not needed with algorithm.reward={config.algorithm.reward}: {', '.join(odd)}")
 
 
 @dataclass(frozen=True, kw_only=True)

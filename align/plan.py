@@ -2,27 +2,26 @@
 anything starts.
 """
 
-import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.algorithms.needs import Needs
 from align.algorithms.settings import PairTraining, PreferenceTraining, Reward
-from align.artifacts import HashCache, files_below
 from align.config import Config
 from align.errors import ConfigError
 from align.judge.settings import called
-from align.models.settings import Model
+from align.models.settings import Lora
 from align.named import named_module
 from align.records import Preference, Prompt
+from align.rewards.settings import JUDGE, ROLE, kind_of
 from align.samplers.settings import Hf
 from align.stages.settings import (
     EvaluateStage,
     GenerateStage,
     HoldOutStage,
     LabelStage,
+    OnlineStage,
     ReadStage,
     ReferenceStage,
     ReportStage,
@@ -54,20 +53,53 @@ def plan(config: Config, *, yaml: str, command: str) -> list[Step]:
     Raises:
         ConfigError: a stage would lack what it needs; says which and how to add it.
     """
+    config = replace(config, stages=needed(config))
     steps: list[Step] = []
     if "generate" in config.stages:
         steps += generation(config)
     if "label" in config.stages:
         steps.append(labelling(config))
-    if {"reward", "train"} & set(config.stages):
+    if learners(config):
         steps += pairs(config)
     if "reward" in config.stages:
         steps.append(rewarding(config))
     if "train" in config.stages:
-        steps.append(training(config))
+        steps += training(config, made=[step.name for step in steps])
     if "evaluate" in config.stages:
-        steps += evaluation(config, yaml=yaml, command=command)
+        steps += evaluation(config, steps, yaml=yaml, command=command)
     return steps
+
+
+def needs_of(algorithm: Any) -> Needs:
+    needs: Needs = named_module("align.algorithms", algorithm.name, algorithm.module).NEEDS
+    return needs
+
+
+def is_online(config: Config) -> bool:
+    """Whether the policy learns from rewards for its own answers."""
+    wanted = "train" in config.stages and config.algorithm is not None
+    return wanted and needs_of(config.algorithm).reward
+
+
+def needed(config: Config) -> list[str]:
+    """The stages without those that an online training with rewards from elsewhere has no use
+    for.
+
+    Raises:
+        ConfigError: it wants a reward model, and no stage trains one.
+    """
+    if not is_online(config):
+        return config.stages
+    reward = getattr(config.algorithm, "reward", ROLE)
+    if kind_of(reward) != ROLE:
+        return [stage for stage in config.stages if stage not in ("generate", "label", "reward")]
+    if "reward" not in config.stages:
+        raise ConfigError(
+            f"stages={shown(config)}: algorithm={config.algorithm.name} learns from a reward "
+            f"model, and no stage trains one; type recipe=ppo algorithm={config.algorithm.name}, or "
+            "algorithm.reward=FOLDER, path.to:function or judge"
+        )
+    return config.stages
 
 
 def generation(config: Config) -> list[Step]:
@@ -121,9 +153,9 @@ def learners(config: Config) -> dict[str, tuple[PairTraining, Needs]]:
                 "chosen; type algorithm@reward=reward"
             )
         chosen["algorithm@reward"] = config.reward
-    if "train" in config.stages:
-        if config.algorithm is None:
-            raise ConfigError("algorithm=none: train needs one; type algorithm=dpo")
+    if "train" in config.stages and config.algorithm is None:
+        raise ConfigError("algorithm=none: train needs one; type algorithm=dpo")
+    if "train" in config.stages and not is_online(config):
         chosen["algorithm"] = config.algorithm
     for key, algorithm in chosen.items():
         for kind, wanted in ((Reward, "algorithm@reward"), (PreferenceTraining, "algorithm")):
@@ -134,10 +166,7 @@ def learners(config: Config) -> dict[str, tuple[PairTraining, Needs]]:
                     f"{key}={algorithm.name}: trains {trains}, which is not made there; type "
                     f"{typed}"
                 )
-    return {
-        key: (a, named_module("align.algorithms", a.name, a.module).NEEDS)
-        for key, a in chosen.items()
-    }
+    return {key: (a, needs_of(a)) for key, a in chosen.items()}
 
 
 def pairs(config: Config) -> list[Step]:
@@ -191,22 +220,59 @@ def rewarding(config: Config) -> Step:
     )
 
 
-def training(config: Config) -> Step:
-    assert config.algorithm is not None, "see learners"
+def training(config: Config, *, made: Sequence[str]) -> list[Step]:
+    """The policy's, and where it learns online from prompts that no earlier step reads, those."""
+    if is_online(config):
+        return online(config, made=made)
+    if not isinstance(config.adapter, Lora):
+        raise ConfigError(
+            f"adapter={config.adapter.name}: algorithm={config.algorithm.name} trains an adapter; "
+            "type adapter=lora"
+        )
     settings = TrainStage(
         model=config.model, adapter=config.adapter, algorithm=config.algorithm, seed=config.seed
     )
+    inputs = {"reference": "reference"}
+    return [trained("train", settings, inputs)]
+
+
+def trained(stage: str, settings: Any, inputs: Mapping[str, str]) -> Step:
+    links = {"adapter": "adapter"}
     return Step(
-        name="train",
-        stage="train",
-        settings=settings,
-        inputs={"reference": "reference"},
-        links={"adapter": "adapter"},
-        distributed=True,
+        name="train", stage=stage, settings=settings, inputs=inputs, links=links, distributed=True
     )
 
 
-def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
+def online(config: Config, *, made: Sequence[str]) -> list[Step]:
+    """Prompts are those of the source, or of its preferences."""
+    provides = named_module("align.sources", config.data.name, config.data.module).PROVIDES
+    asks = "prompts" if provides is Prompt else "preferences"
+    steps = []
+    if asks not in made:
+        read = ReadStage(source=config.data, test=False, limit=config.data.limit)
+        steps.append(Step(name=asks, stage="read", settings=read))
+    by_judge = kind_of(getattr(config.algorithm, "reward", ROLE)) == JUDGE
+    if by_judge and config.judge is None:
+        raise ConfigError("algorithm.reward=judge: judge=none gives no rewards; type judge=NAME")
+    if not isinstance(config.adapter, Lora) and config.model.quantization != "none":
+        raise ConfigError(
+            f"adapter={config.adapter.name}: weights in {config.model.quantization} cannot be "
+            "trained; type model.quantization=none, or adapter=lora"
+        )
+    settings = OnlineStage(
+        model=config.model,
+        adapter=config.adapter,
+        algorithm=config.algorithm,
+        judge=config.judge if by_judge else None,
+        monitor=config.evaluate.judge,
+        max_length=config.data.max_length,
+        seed=config.seed,
+    )
+    inputs = {asks: asks} | ({"reward": "reward"} if "reward" in made else {})
+    return [*steps, trained("online", settings, inputs)]
+
+
+def evaluation(config: Config, steps: Sequence[Step], *, yaml: str, command: str) -> list[Step]:
     if "train" not in config.stages:
         raise ConfigError(
             f"stages={shown(config)}: evaluate measures what train made; add train before it"
@@ -223,17 +289,8 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
     # An evaluation judge that is the labeller's own must be told from an independent one, so its
     # name goes along.
     label_judge = (called(config.judge) or "") if "label" in config.stages else ""
-    made = ["prompts", "candidates"] if "generate" in config.stages else []
-    everything = [
-        *made,
-        "preferences",
-        "reference",
-        "train",
-        "test_prompts",
-        "before",
-        "after",
-        "evaluate",
-    ]
+    made = [step.name for step in steps]
+    everything = [*made, "test_prompts", "before", "after", "evaluate"]
     return [
         test_prompts(config),
         Step(name="before", stage="generate", settings=sample, inputs={"prompts": "test_prompts"}),
@@ -288,73 +345,3 @@ def measuring_sampler(config: Config) -> Hf:
 
 def shown(config: Config) -> str:
     return f"[{','.join(config.stages)}]"
-
-
-def shape(value: Any, hashes: HashCache) -> Any:
-    """What of a step's settings shapes its output, as plain values: paths become the hashes of what
-    they hold.
-    """
-    if isinstance(value, Model):
-        known = {f.name: shape(getattr(value, f.name), hashes) for f in fields(value)}
-        if Path(value.name).is_dir():
-            known |= {"name": hashes.content(Path(value.name)), "revision": None}
-        if value.chat_template is not None:
-            known["chat_template"] = hashes.content(Path(value.chat_template))
-        return known
-    if is_dataclass(value) and not isinstance(value, type):
-        shaping = {}
-        for f in fields(value):
-            part, mark = getattr(value, f.name), f.metadata.get("fingerprint")
-            if mark == "content" and part is not None:
-                shaping[f.name] = contents(part, hashes)
-            elif mark == "template":
-                shipped = Path(getattr(value, f.metadata["shipped"]))
-                shaping[f.name] = template(Path(part), shipped, hashes)
-            elif f.name == "module" and part is not None:
-                shaping[f.name] = source(part, hashes)
-            elif mark != "ignore":
-                shaping[f.name] = shape(part, hashes)
-        return shaping
-    if isinstance(value, Mapping):
-        return {key: shape(part, hashes) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [shape(part, hashes) for part in value]
-    return value
-
-
-def contents(paths: str | Mapping[str, str], hashes: HashCache) -> Any:
-    """Hash of what a path holds, or of each of several paths by name."""
-    if isinstance(paths, Mapping):
-        return {name: hashes.content(Path(path)) for name, path in paths.items()}
-    return hashes.content(Path(paths))
-
-
-def template(path: Path, shipped: Path, hashes: HashCache) -> dict[str, str | None]:
-    """Hash of each file that a prompt's template is made of, by name. A folder counts without the
-    workspace, which changes with every run.
-    """
-    from align.judge.template_files import template_files  # jinja2 is slow to load
-
-    workspace = hashes.path.parent.parent.resolve()
-    shaping: dict[str, str | None] = {}
-    for name, file in sorted(template_files(path, shipped).items()):
-        if name == path.name:
-            name = ""  # what the file is called shapes nothing
-        if file is None or file.is_file():
-            shaping[name] = None if file is None else hashes.content(file)
-            continue
-        for part in files_below(file):
-            if file.resolve() not in workspace.parents or workspace not in part.resolve().parents:
-                shaping[f"{name}/{part.relative_to(file).as_posix()}"] = hashes.content(part)
-    return shaping
-
-
-def source(module: str, hashes: HashCache) -> str:
-    """Hash of a user's module: its file, or all files of its package. What it imports from
-    elsewhere does not count.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return module
-    file = Path(spec.origin)
-    return hashes.content(file.parent if spec.submodule_search_locations else file)

@@ -12,7 +12,7 @@ from align.algorithms.ppo.rollout import Question
 from align.artifacts import read_json
 from align.errors import ConfigError, StageError
 from align.models.roles import Roles
-from align.models.settings import Lora, Model
+from align.models.settings import Full, Lora, Model
 from align.rewards.function import FunctionReward
 from align.rewards.judge import JudgeReward
 from align.rewards.role import RoleReward
@@ -32,7 +32,7 @@ class Online:
     """
 
     model: Model
-    adapter: Lora
+    adapter: Lora | Full
     base: Any
     tokenizer: Any
     questions: Sequence[Question]

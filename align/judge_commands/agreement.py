@@ -17,8 +17,8 @@ from align.errors import ConfigError
 from align.judge.settings import called
 from align.notice import notice
 from align.pipeline import shortest
-from align.plan import shape
 from align.records import Comparison, Prompt, Verdict
+from align.shapes import shape
 from align.stages.judged_pairs import (
     Columns,
     JudgedPair,

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from align.artifacts import read_json, write_json
 from align.errors import ConfigError, StageError
@@ -110,11 +111,17 @@ def keep_in_fp32(policy: Any) -> None:
 
 
 def load_adapter(model: Any, path: Path, *, trainable: bool = False) -> Any:
-    """The model with a saved adapter; plain PEFT, nothing of ours is in the folder.
+    """The model with a saved adapter; plain PEFT, nothing of ours is in the folder. Where all
+    weights were trained, a model of its own, and `model` stays as it is.
 
     Raises:
         StageError: the folder holds no adapter, or one for another model.
     """
+    if (path / "config.json").is_file() and not (path / CONFIG).is_file():
+        whole = AutoModelForCausalLM.from_pretrained(
+            path, dtype=model.dtype, device_map={"": model.device}, use_safetensors=True
+        )
+        return whole.train(trainable)
     try:
         policy = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -156,7 +163,14 @@ def read_adapter(folder: Path) -> Saved:
 
 
 @contextmanager
-def without_adapter(model: Any) -> Iterator[None]:
-    """The bare base within: the model that training started from, and DPO's reference."""
-    with model.disable_adapter():
-        yield
+def without_adapter(policy: Any, base: Any = None) -> Iterator[Any]:
+    """The bare base within: the model that training started from, and DPO's reference.
+
+    Args:
+        base: what the policy was loaded on; needed where it is no adapter but a whole model.
+    """
+    if not isinstance(policy, PeftModel):
+        yield base
+        return
+    with policy.disable_adapter():
+        yield policy

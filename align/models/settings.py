@@ -30,7 +30,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """A low-rank adapter; on an NF4 base this is QLoRA."""
+    """A low-rank adapter, "lora" or "dora" by name; on an NF4 base this is QLoRA."""
 
     name: str
     rank: int
@@ -39,6 +39,14 @@ class Lora:
     target_modules: str | list[str]
 
     def __post_init__(self) -> None:
+        check_choice("adapter.name", self.name, ("lora", "dora"))
         check_range("adapter.rank", self.rank, low=1)
         check_range("adapter.alpha", self.alpha, low=0, above=True)
         check_range("adapter.dropout", self.dropout, low=0, high=0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """No adapter: all of the policy's weights are trained, on a copy of the base."""
+
+    name: str

@@ -27,11 +27,12 @@ def divergence(settings: EvaluateStage, pairs: "Sequence[Pair]", adapter: Path) 
     can be slightly negative by chance. The gap is the mean over tokens of |log p (quantized base) -
     log p (full-precision base)|.
     """
-    model = load_adapter(load_model(settings.model), adapter)
+    base = load_model(settings.model)
+    model = load_adapter(base, adapter)
     rows = policy_rows(settings, model, pairs)
     policy = score_rows(model, rows, title="KL: policy")
-    with without_adapter(model):
-        reference = score_rows(model, rows, title="KL: reference")
+    with without_adapter(model, base) as bare:
+        reference = score_rows(bare, rows, title="KL: reference")
     ratios = numpy.array([p - r for p, r in zip(policy, reference, strict=True)])
     metrics = {"evaluate/kl": float(ratios.mean())}
     tokens = numpy.array([len(row.completion) for row in rows])

@@ -30,9 +30,16 @@ def run(settings: HoldOutStage, inputs: dict[str, Path], out: Path) -> None:
 
 
 def held_out_prompts(path: Path, share: float) -> Iterator[Prompt]:
+    for prompt in distinct_prompts(path):
+        if is_held_out(prompt_key(prompt.messages), share):
+            yield prompt
+
+
+def distinct_prompts(path: Path) -> Iterator[Prompt]:
+    """The prompts of preferences, each once, in their order."""
     seen: set[str] = set()
     for preference in read_records(path, Preference.from_json):
         key = prompt_key(preference.messages)
-        if key not in seen and is_held_out(key, share):
+        if key not in seen:
             seen.add(key)
             yield Prompt(id=preference.id, messages=preference.messages, meta=preference.meta)

@@ -16,6 +16,7 @@ from align.named import named_module
 from align.notice import notice
 from align.records import Prompt
 from align.split import is_held_out, prompt_key
+from align.stages.hold_out import distinct_prompts
 from align.stages.settings import OnlineStage
 
 
@@ -31,7 +32,7 @@ def run(settings: OnlineStage, inputs: dict[str, Path], out: Path) -> None:
     train: list[Question] = []
     held_out: list[Question] = []
     cut = 0
-    for question, shortened in questions(inputs["prompts"] / "prompts.jsonl", tokenizer, room):
+    for question, shortened in questions(inputs, tokenizer, room):
         cut += shortened
         key = prompt_key(question.prompt.messages)
         (held_out if is_held_out(key, settings.algorithm.held_out) else train).append(question)
@@ -74,9 +75,17 @@ def room_for_prompts(base: Any, settings: OnlineStage) -> int:
     return room
 
 
-def questions(path: Path, tokenizer: Any, room: int) -> Iterator[tuple[Question, bool]]:
+def questions(
+    inputs: dict[str, Path], tokenizer: Any, room: int
+) -> Iterator[tuple[Question, bool]]:
     """Each prompt with its token ids, and whether it was cut to fit."""
-    for prompt in read_records(path, Prompt.from_json):
+    if "prompts" in inputs:
+        path = inputs["prompts"] / "prompts.jsonl"
+        prompts: Iterator[Prompt] = read_records(path, Prompt.from_json)
+    else:
+        path = inputs["preferences"] / "preferences.jsonl"
+        prompts = distinct_prompts(path)
+    for prompt in prompts:
         try:
             encoded = encode_prompt(tokenizer, prompt.messages, max_tokens=room)
         except DataError as error:

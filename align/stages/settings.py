@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from align.algorithms.settings import PairTraining
 from align.checks import check_choice, check_range
-from align.models.settings import Lora, Model
+from align.models.settings import Full, Lora, Model
 from align.samplers.settings import Hf
 from align.sources.settings import Source
 
@@ -122,7 +122,7 @@ class OnlineStage:
 
     version: ClassVar[int] = 1
     model: Model
-    adapter: Lora
+    adapter: Lora | Full
     algorithm: Any
     judge: Any
     monitor: Any

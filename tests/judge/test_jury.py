@@ -20,8 +20,8 @@ from align.errors import ConfigError, JudgeError
 from align.judge.jury import compare, opened, pooled, voters
 from align.judge.settings import Jury
 from align.judge.verdicts import Group, without
-from align.plan import shape
 from align.records import Comparison, Verdict
+from align.shapes import shape
 from align.stages.against_people import measure
 from align.stages.judged_pairs import JudgedPair
 from tests.judge.asking import judge_all, longer, openai_settings, pairs

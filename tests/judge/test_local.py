@@ -20,8 +20,8 @@ from align.judge.openai import another
 from align.judge.settings import Jury, Local, Scripted
 from align.judge.verdicts import Group
 from align.models.settings import Model
-from align.plan import shape
 from align.records import Comparison, Message, Prompt, Verdict
+from align.shapes import shape
 from align.stages.judging import judge_missing
 from tests.conftest import STARTER, model_settings, save_tiny
 from tests.test_config import composed

@@ -14,8 +14,8 @@ from align.errors import ConfigError, StageError
 from align.judge.reward_model import WINDOW, compare
 from align.judge.settings import RewardModel
 from align.models.settings import Model
-from align.plan import shape
 from align.records import Comparison, Message, Prompt, Verdict
+from align.shapes import shape
 from tests.conftest import STARTER
 from tests.stages.test_reward import trained
 

@@ -7,7 +7,7 @@ import pytest
 
 from align.artifacts import HashCache
 from align.config import CONF
-from align.plan import shape
+from align.shapes import shape
 
 MARK = {"fingerprint": "template", "shipped": "prompts"}
 

@@ -3,6 +3,7 @@ learning rates.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,23 @@ from align.algorithms.online import Calibration, Online
 from align.algorithms.ppo.experience import POLICY, REFERENCE, REWARD, VALUE
 from align.algorithms.ppo.seeds import derived
 from align.algorithms.settings import Ppo
+from align.errors import ConfigError
+from align.models.load import load_model
 from align.models.roles import Head, Roles
+from align.models.settings import Lora
 
 
 def add_policy(roles: Roles, online: Online) -> None:
-    """The policy starts as the reference, which is the bare base."""
+    """The policy starts as the reference, which is the bare base: with a fresh adapter on it, or
+    with a copy of all its weights, in float32.
+    """
     roles.bind(REFERENCE)
-    roles.add(POLICY, settings=online.adapter, seed=online.seed)
+    if isinstance(online.adapter, Lora):
+        roles.add(POLICY, settings=online.adapter, seed=online.seed)
+        return
+    whole = load_model(replace(online.model, dtype="float32"))
+    whole.requires_grad_(True)
+    roles.bind(POLICY, model=whole)
 
 
 def add_value(roles: Roles, online: Online, settings: Ppo, calibration: Calibration | None) -> None:
@@ -36,6 +47,11 @@ def add_value(roles: Roles, online: Online, settings: Ppo, calibration: Calibrat
         head = Head(reward.weight / known.std, bias=(float(reward.bias) - known.mean) / known.std)
         roles.copy(VALUE, REWARD, head=head)
     elif settings.value == "adapter":
+        if not isinstance(online.adapter, Lora):
+            raise ConfigError(
+                f"algorithm.value=adapter: adapter={online.adapter.name} describes none; type "
+                "algorithm.value=trunk"
+            )
         roles.add(VALUE, settings=online.adapter, seed=derived(online.seed, "value"), head=fresh)
 
 
