@@ -96,7 +96,7 @@ def needed(config: Config) -> list[str]:
     if "reward" not in config.stages:
         raise ConfigError(
             f"stages={shown(config)}: algorithm={config.algorithm.name} learns from a reward "
-            f"model, and no stage trains one; type recipe=ppo algorithm={config.algorithm.name}, or "
+            f"model, and no stage trains one; type recipe=ppo algorithm={config.algorithm.name} or "
             "algorithm.reward=FOLDER, path.to:function or judge"
         )
     return config.stages

@@ -29,6 +29,7 @@ NEEDS_MORE = {
     "judge=local": ["judge.model.name=owner/name"],
     "judge=reward_model": [f"judge.path={Path(__file__).parent}"],
     "tuned=starter_reward": ["algorithm=reward"],
+    "tuned=starter_ppo": ["algorithm=ppo"],
     "judge=jury": ["+judge@judge.members.a=rubric", "+judge@judge.members.b=scripted"],
 }
 
@@ -166,7 +167,7 @@ def test_a_mistake_is_one_line_without_torch(override, says, tmp_path):
 def test_no_recipe_is_one_line_and_help_is_readable():
     answer = run()
     assert answer.returncode == 1 and said(answer) == [
-        "error: no recipe given; type recipe=NAME (dpo, reward)"
+        "error: no recipe given; type recipe=NAME (dpo, ppo, reward)"
     ]
     started = time.monotonic()
     answer = run("--help")

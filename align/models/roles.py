@@ -135,6 +135,7 @@ class Roles:
         saved = read_adapter(folder)
         weight = saved.state.pop(HEAD, None)
         saved.config.task_type, saved.config.modules_to_save = "CAUSAL_LM", None
+        saved.config.exclude_modules = None  # the head, which the base has not
         width = self.model.config.get_text_config().hidden_size
         if weight is not None and weight.numel() != width:
             raise unfit(folder, f"its head takes {weight.numel()} values, the base gives {width}")
