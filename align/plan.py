@@ -125,15 +125,13 @@ def learners(config: Config) -> dict[str, tuple[PairTraining, Needs]]:
         if config.algorithm is None:
             raise ConfigError("algorithm=none: train needs one; type algorithm=dpo")
         chosen["algorithm"] = config.algorithm
-    for key, algorithm in chosen.items():
-        for kind, wanted in ((Reward, "algorithm@reward"), (PreferenceTraining, "algorithm")):
-            if isinstance(algorithm, kind) and key != wanted:
-                trains = "a reward model" if kind is Reward else "a policy"
-                typed = "recipe=reward" if kind is Reward else "algorithm@reward=reward"
-                raise ConfigError(
-                    f"{key}={algorithm.name}: trains {trains}, which is not made there; type "
-                    f"{typed}"
-                )
+    if isinstance(chosen.get("algorithm"), Reward):
+        raise ConfigError("algorithm=reward: trains a reward model, no policy; type recipe=reward")
+    if isinstance(chosen.get("algorithm@reward"), PreferenceTraining):
+        raise ConfigError(
+            f"algorithm@reward={chosen['algorithm@reward'].name}: trains a policy, no reward "
+            "model; type algorithm@reward=reward"
+        )
     return {
         key: (a, named_module("align.algorithms", a.name, a.module).NEEDS)
         for key, a in chosen.items()
@@ -180,12 +178,12 @@ def rewarding(config: Config) -> Step:
     settings = RewardStage(
         model=config.model, adapter=config.reward_adapter, algorithm=config.reward, seed=config.seed
     )
-    candidates = {"candidates": "candidates"} if "generate" in config.stages else {}
+    inputs = ("reference", *(["candidates"] if "generate" in config.stages else []))
     return Step(
         name="reward",
         stage="reward",
         settings=settings,
-        inputs={"reference": "reference", **candidates},
+        inputs={name: name for name in inputs},
         links={"reward_model": "adapter", "reward.html": "report.html"},
         distributed=True,
     )
@@ -225,15 +223,8 @@ def evaluation(config: Config, *, yaml: str, command: str) -> list[Step]:
     label_judge = (called(config.judge) or "") if "label" in config.stages else ""
     made = ["prompts", "candidates"] if "generate" in config.stages else []
     everything = [
-        *made,
-        "preferences",
-        "reference",
-        "train",
-        "test_prompts",
-        "before",
-        "after",
-        "evaluate",
-    ]
+        *made, "preferences", "reference", "train", "test_prompts", "before", "after", "evaluate",
+    ]  # fmt: skip
     return [
         test_prompts(config),
         Step(name="before", stage="generate", settings=sample, inputs={"prompts": "test_prompts"}),
