@@ -157,15 +157,13 @@ def learners(config: Config) -> dict[str, tuple[PairTraining, Needs]]:
         raise ConfigError("algorithm=none: train needs one; type algorithm=dpo")
     if "train" in config.stages and not is_online(config):
         chosen["algorithm"] = config.algorithm
-    for key, algorithm in chosen.items():
-        for kind, wanted in ((Reward, "algorithm@reward"), (PreferenceTraining, "algorithm")):
-            if isinstance(algorithm, kind) and key != wanted:
-                trains = "a reward model" if kind is Reward else "a policy"
-                typed = "recipe=reward" if kind is Reward else "algorithm@reward=reward"
-                raise ConfigError(
-                    f"{key}={algorithm.name}: trains {trains}, which is not made there; type "
-                    f"{typed}"
-                )
+    if isinstance(chosen.get("algorithm"), Reward):
+        raise ConfigError("algorithm=reward: trains a reward model, no policy; type recipe=reward")
+    if isinstance(chosen.get("algorithm@reward"), PreferenceTraining):
+        raise ConfigError(
+            f"algorithm@reward={chosen['algorithm@reward'].name}: trains a policy, no reward "
+            "model; type algorithm@reward=reward"
+        )
     return {key: (a, needs_of(a)) for key, a in chosen.items()}
 
 
@@ -209,12 +207,12 @@ def rewarding(config: Config) -> Step:
     settings = RewardStage(
         model=config.model, adapter=config.reward_adapter, algorithm=config.reward, seed=config.seed
     )
-    candidates = {"candidates": "candidates"} if "generate" in config.stages else {}
+    inputs = ("reference", *(["candidates"] if "generate" in config.stages else []))
     return Step(
         name="reward",
         stage="reward",
         settings=settings,
-        inputs={"reference": "reference", **candidates},
+        inputs={name: name for name in inputs},
         links={"reward_model": "adapter", "reward.html": "report.html"},
         distributed=True,
     )

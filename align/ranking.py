@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from align.stats import Floats, Interval, wilson
 
 MOST_BINS, LEAST_BINS = 10, 3
+LEAST_PROMPTS = 10
 PAIRS_A_BIN = 20  # on average; fewer, and a bin's share is mostly chance
 
 
@@ -49,6 +50,8 @@ def clustered_mean(
 
     Source: Efron and Tibshirani 1993, ch. 8 (resample what is independent) and 13 (percentiles).
 
+    Of fewer than ten prompts, or where all values are the same, Wilson's interval of that many.
+
     Args:
         x: [N], one number a pair, 0 to 1.
         groups: N names of prompts.
@@ -63,8 +66,9 @@ def clustered_mean(
     index = np.array([known[name] for name in groups])
     sums, counts = np.bincount(index, values), np.bincount(index).astype(np.float64)
     mean, n = float(values.mean()), len(known)
-    if values.min() == values.max():
-        return wilson(mean, n=n)  # nothing to resample: it would claim certainty
+    # Too little to resample, and it would claim certainty.
+    if n < LEAST_PROMPTS or values.min() == values.max():
+        return wilson(mean, n=n)
     rng = np.random.default_rng(seed)
     drawn = np.empty(resamples)
     for i in range(resamples):  # one at a time: a million prompts would fill the memory

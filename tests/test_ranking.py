@@ -30,7 +30,12 @@ def test_pairs_of_one_prompt_are_resampled_together() -> None:
 
 def test_the_mean_is_over_pairs_not_over_prompts() -> None:
     found = clustered_mean([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"], seed=0)
-    assert found.mean == 0.75 and found.n == 2 and found.low == 0.0 and found.high == 1.0
+    assert found.mean == 0.75 and found.n == 2
+
+
+def test_many_pairs_of_one_prompt_are_no_certainty() -> None:
+    found = clustered_mean([1.0] * 5 + [0.0], ["a"] * 6, seed=0)
+    assert found.n == 1 and found.low < 0.2 and found.high > 0.95
 
 
 def test_all_right_is_not_certain() -> None:

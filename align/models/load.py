@@ -63,6 +63,7 @@ def load_tokenizer(settings: Model, *, encoder: bool = False) -> PreTrainedToken
     Raises:
         ConfigError: no such model, or no chat template.
     """
+    quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.name, revision=settings.revision)
     except (OSError, ValueError) as error:
