@@ -48,6 +48,7 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -77,12 +78,16 @@ OVERLAY = Path(__file__).parent / ".cache" / f"trl-{TRL}"
 
 def run(arguments: list[str], *, overlay: Path = OVERLAY, threads: int = 2) -> dict[str, Any]:
     """The figures of this script with these arguments, from a fresh process."""
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--child"]
-    environment = ppo_setup.environment(threads, install(overlay))
-    command += ["--threads", str(threads)]
+    command, environment = child([*arguments, "--threads", str(threads)], overlay, threads)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def child(arguments: list[str], overlay: Path, threads: int) -> tuple[list[str], dict[str, str]]:
+    """The command that trains, and its environment."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--child"]
+    return command, ppo_setup.environment(threads, install(overlay))
 
 
 def install(overlay: Path) -> Path:
@@ -96,8 +101,8 @@ def install(overlay: Path) -> Path:
 def main() -> int:
     given = parsed()
     if not given.child:
-        print(json.dumps(run(sys.argv[1:], overlay=given.overlay, threads=given.threads)))
-        return 0
+        command, environment = child(sys.argv[1:], given.overlay, given.threads)
+        os.execve(command[0], command, environment)  # in place, so that what ends us ends it
     assert importlib.metadata.version("trl") == TRL
     with redirect_stdout(sys.stderr):  # the trainer prints its logs
         found = measured(given)
