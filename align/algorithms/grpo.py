@@ -27,11 +27,11 @@ def train(online: "Online", *, settings: Grpo, out: Path) -> None:
     """Writes out/adapter, curves.jsonl, samples.jsonl, timing.jsonl and metrics.json; goes on from
     out/checkpoints.
     """
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]
 
     from align.algorithms.trl_online import OwnAnswers, run
 
-    class Trainer(OwnAnswers, GRPOTrainer):  # type: ignore[misc]  # TRL has no types
+    class Trainer(OwnAnswers, GRPOTrainer):  # type: ignore[misc]
         """TRL's trainer on our answers."""
 
         def _generate_single_turn(

@@ -24,11 +24,11 @@ def train(online: "Online", *, settings: Rloo, out: Path) -> None:
     """Writes out/adapter, curves.jsonl, samples.jsonl, timing.jsonl and metrics.json; goes on from
     out/checkpoints.
     """
-    from trl import RLOOConfig, RLOOTrainer
+    from trl import RLOOConfig, RLOOTrainer  # type: ignore[attr-defined]
 
     from align.algorithms.trl_online import OwnAnswers, run
 
-    class Trainer(OwnAnswers, RLOOTrainer):  # type: ignore[misc]  # TRL has no types
+    class Trainer(OwnAnswers, RLOOTrainer):  # type: ignore[misc]
         """TRL's trainer on our answers."""
 
         def _generate_single_turn(

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy
 import torch
 
 from align.algorithms.online import Calibration, Online, calibrated
@@ -150,10 +149,3 @@ class Answers:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.clock[phase] += time.perf_counter() - started
-
-
-def prompt_order(count: int, *, total: int, seed: int) -> list[int]:
-    """Places of `total` prompts out of `count`: one permutation after the other, as in PPO."""
-    epochs = math.ceil(total / count)
-    found = [numpy.random.default_rng([seed, epoch]).permutation(count) for epoch in range(epochs)]
-    return [int(place) for place in numpy.concatenate(found)[:total]]

@@ -5,7 +5,8 @@ replaced, because RLOO has no hook for answers and GRPO's `rollout_func` is call
 `_tokenize_prompts`, so that prompts are the token ids that we made (text cannot smuggle in special
 tokens), and `_generate_single_turn`, so that answers come from our sampler, whose noise depends on
 (seed, iteration, prompt, sample, position) alone. Two more, because Trainer's would save and load
-every adapter of the model: `_save` and `_load_from_checkpoint`.
+every adapter of the model: `_save` and `_load_from_checkpoint`. Learning rates go by iteration, as
+PPO's (`create_scheduler`).
 
 Deviations from TRL's defaults: prompts in PPO's order; no dropout; adapters in float32 on a
 quantized base; the reference is the base, adapter off, and not a copy of the fresh adapter. A
@@ -13,7 +14,6 @@ killed run that goes on from its checkpoint ends bit for bit as one that was not
 """
 
 import logging
-import math
 import os
 import shutil
 from dataclasses import fields
@@ -27,13 +27,14 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from align.algorithms import checkpoints
-from align.algorithms.fit import GONE, OPTIMIZERS, SCHEDULES
-from align.algorithms.online import Calibration, Online, open_source, saved_calibration
+from align.algorithms.fit import GONE, OPTIMIZERS
+from align.algorithms.online import Calibration, Online, open_source, saved_calibration, turn
 from align.algorithms.ppo.experience import POLICY, REFERENCE
 from align.algorithms.ppo.monitor import Monitor
 from align.algorithms.ppo.seeds import derived
+from align.algorithms.ppo.setup import share_of_rate
 from align.algorithms.settings import CriticFree, divisor
-from align.algorithms.trl_answers import Answers, prompt_order
+from align.algorithms.trl_answers import Answers
 from align.algorithms.trl_conductor import CURVES, Conductor, go_on_from, last_line
 from align.artifacts import COUNTS, read_json, write_json
 from align.errors import ConfigError, StageError
@@ -52,6 +53,7 @@ class OwnAnswers:
     answers: Answers
     args: Any
     model: Any
+    optimizer: Any
     state: Any
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -68,6 +70,15 @@ class OwnAnswers:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        settings: Any = self.answers.settings
+        steps, last = settings.epochs * settings.minibatches, settings.iterations - 1
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            lambda step: share_of_rate(min(step // steps, last), settings=settings),
+        )
+        return self.lr_scheduler
 
     def create_model_card(self, *given: Any, **named: Any) -> None:
         """None: a checkpoint is nobody's to publish."""
@@ -163,9 +174,9 @@ def rows_of(online: Online, settings: CriticFree) -> Dataset:
     """A row for each prompt of each iteration: its place among the questions, as text, because TRL
     takes nothing else for a prompt.
     """
-    total = settings.iterations * settings.prompts
-    order = prompt_order(len(online.questions), total=total, seed=online.seed)
-    return Dataset.from_dict({"prompt": [str(place) for place in order]})
+    given = {"count": len(online.questions), "prompts": settings.prompts, "seed": online.seed}
+    places = [place for i in range(settings.iterations) for place in turn(i, **given)]
+    return Dataset.from_dict({"prompt": [str(place) for place in places]})
 
 
 def arguments(
@@ -195,8 +206,6 @@ def arguments(
         beta=settings.beta,
         epsilon=settings.clip,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=SCHEDULES[settings.schedule],
-        warmup_steps=settings.warmup,  # below 1: a share of all steps
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=OPTIMIZERS[settings.optimizer],
@@ -228,7 +237,7 @@ def answers_a_step(settings: CriticFree, processes: int) -> int:
         raise ConfigError(
             f"algorithm.prompts={settings.prompts}: cannot be shared evenly among {processes} "
             "processes; type "
-            f"algorithm.prompts={processes * math.ceil(settings.prompts / processes)}"
+            f"algorithm.prompts={processes * (settings.prompts // processes + 1)}"
         )
     answers = settings.prompts // processes * settings.samples
     share, rest = divmod(answers, settings.minibatches)
