@@ -3,6 +3,9 @@ same end however often they are killed.
 """
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from align.algorithms import trl_online
 from align.algorithms.trl_answers import Answers
 from align.algorithms.trl_conductor import Conductor
 from align.errors import ConfigError, StageError
+from align.launch import free_port
 from align.models.adapters import WEIGHTS, add_lora, save_adapter
 from align.models.load import load_model
 from align.models.roles import HEAD, Roles, weights_hash
@@ -28,6 +32,7 @@ from tests.algorithms.ppo.running import online
 from tests.algorithms.trl_running import settings, train
 
 BOTH = pytest.mark.parametrize("name", ["rloo", "grpo"])
+ROOT = Path(__file__).parents[2]
 HERE = "tests.algorithms.test_trl_online"
 calls: list[list[str]] = []
 
@@ -301,3 +306,20 @@ def test_a_prompts_answers_are_never_parted_among_processes() -> None:
 def test_more_prompts_than_there_are_cannot_be_asked_for(tiny: Model, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"algorithm.prompts=11: .*; type algorithm.prompts=2"):
         train("rloo", tiny, tmp_path, prompts=11)
+
+
+@pytest.mark.slow
+@BOTH
+def test_two_processes_make_the_steps_of_one(name: str, tiny: Model, tmp_path: Path) -> None:
+    train(name, tiny, tmp_path / "one", minibatches=1)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+         f"--master_port={free_port()}", "-m", "tests.algorithms.trl_running", name, tiny.name,
+         str(tmp_path / "two"), "minibatches=1"],
+        check=True, cwd=ROOT, stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-4), key
