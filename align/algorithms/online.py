@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from align.algorithms.ppo.rollout import Question
@@ -41,6 +42,18 @@ class Online:
     judge: Any
     monitor: Any
     seed: int
+
+
+def turn(iteration: int, *, count: int, prompts: int, seed: int) -> list[int]:
+    """Places among `count` of the prompts of an iteration: the next ones of a permutation, drawn
+    anew for each epoch.
+
+    Those at its end that do not fill an iteration are left out, so that no iteration meets one
+    prompt twice: its answers would be equal, and a judge would compare them as one prompt's.
+    """
+    epoch, part = divmod(iteration, count // prompts)
+    order = numpy.random.default_rng([seed, epoch]).permutation(count)
+    return [int(place) for place in order[part * prompts : (part + 1) * prompts]]
 
 
 @dataclass(frozen=True, kw_only=True)

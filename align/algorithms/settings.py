@@ -1,6 +1,7 @@
 """Settings of the algorithms; values and comments are in conf/algorithm/."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from align.checks import check_choice, check_range
 from align.errors import ConfigError
@@ -11,6 +12,8 @@ OPTIMIZERS = ("adamw", "paged_adamw_8bit")
 DPO_LOSSES = ("sigmoid", "ipo", "hinge")
 VALUES = ("trunk", "adapter", "none")
 TRUNCATED = ("penalty", "score", "bootstrap")
+GRPO_LOSSES = ("dapo", "dr_grpo", "grpo", "bnpo")
+SCALES = ("group", "batch", "none")
 UNSHAPING = {"fingerprint": "ignore"}
 
 
@@ -202,3 +205,113 @@ class Ppo:
                 f"algorithm.kl_band={self.kl_band}: must be two numbers, the lower one first, in "
                 "nats an answer; type algorithm.kl_band=[0,20]"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticFree:
+    """Training on sampled answers that are compared with their prompt's other ones, by one of TRL's
+    trainers. Fields that `Ppo` has too mean the same there.
+    """
+
+    value: ClassVar[str] = "none"
+
+    name: str
+    module: str | None
+    reward: str = field(metadata={"fingerprint": "reward"})
+    calibrate: bool
+    reward_clip: float
+    truncated: str
+    penalty: float
+    iterations: int
+    prompts: int
+    samples: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    sampler_batch_size: int
+    epochs: int
+    minibatches: int
+    micro_batch_tokens: int
+    clip: float
+    beta: float
+    kl_band: list[float]
+    learning_rate: float
+    schedule: str
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    optimizer: str
+    gradient_checkpointing: bool
+    held_out: float
+    monitor_every: int
+    monitor_prompts: int
+    checkpoint_every: int = field(metadata=UNSHAPING)
+    logged_samples: int
+
+    def __post_init__(self) -> None:
+        kind_of(self.reward)
+        for key in ("iterations", "prompts", "samples", "max_new_tokens", "sampler_batch_size",
+                    "epochs", "minibatches", "micro_batch_tokens", "monitor_every",
+                    "monitor_prompts", "checkpoint_every"):  # fmt: skip
+            check_range(f"algorithm.{key}", getattr(self, key), low=1)
+        for key in ("learning_rate", "max_grad_norm", "reward_clip", "clip", "temperature",
+                    "top_p"):  # fmt: skip
+            check_range(f"algorithm.{key}", getattr(self, key), low=0, above=True)
+        for key in ("beta", "weight_decay", "top_k", "logged_samples"):
+            check_range(f"algorithm.{key}", getattr(self, key), low=0)
+        check_range("algorithm.top_p", self.top_p, low=0, high=1)
+        check_choice("algorithm.truncated", self.truncated, ("penalty", "score"))
+        check_choice("algorithm.schedule", self.schedule, SCHEDULES)
+        check_choice("algorithm.optimizer", self.optimizer, OPTIMIZERS)
+        check_range("algorithm.warmup", self.warmup, low=0, high=0.99)
+        check_range("algorithm.held_out", self.held_out, low=0, high=0.5, above=True)
+        self.check_batches()
+        if len(self.kl_band) != 2 or not 0 <= self.kl_band[0] < self.kl_band[1]:
+            raise ConfigError(
+                f"algorithm.kl_band={self.kl_band}: must be two numbers, the lower one first, in "
+                "nats an answer; type algorithm.kl_band=[0,40]"
+            )
+
+    def check_batches(self) -> None:
+        """
+        Raises:
+            ConfigError: TRL would refuse such a batch.
+        """
+        if self.samples < 2:
+            raise ConfigError(
+                f"algorithm.samples={self.samples}: an answer is compared with its prompt's other "
+                "ones, so there must be two at least; type algorithm.samples=4"
+            )
+        answers = self.prompts * self.samples
+        if answers % self.minibatches:
+            raise ConfigError(
+                f"algorithm.minibatches={self.minibatches}: TRL's optimizer steps are all of one "
+                f"size, and the {answers} answers of an iteration cannot be split so; type "
+                f"algorithm.minibatches={divisor(answers, most=self.minibatches)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rloo(CriticFree):
+    """REINFORCE with the mean of a prompt's other answers as baseline."""
+
+    whiten: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grpo(CriticFree):
+    """Group relative policy optimization."""
+
+    loss: str
+    scale_rewards: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("algorithm.loss", self.loss, GRPO_LOSSES)
+        check_choice("algorithm.scale_rewards", self.scale_rewards, SCALES)
+
+
+def divisor(number: int, *, most: int) -> int:
+    """The largest one that is at most `most`."""
+    return max(m for m in range(1, max(1, min(number, most)) + 1) if number % m == 0)

@@ -117,8 +117,8 @@ class Roles:
         """Gives a role's name to the bare base, or to a model of its own."""
         self.bound[name] = Role(model=model)
 
-    def attach(self, name: str, trunk: str, *, head: Head) -> None:
-        """A head on another role's weights, which stay that role's."""
+    def attach(self, name: str, trunk: str, *, head: Head | None = None) -> None:
+        """A head on another role's weights, which stay that role's; or a second name for it."""
         self.bound[name] = replace(self.bound[trunk], head=head, owner=False)
 
     def add(self, name: str, *, settings: Lora, seed: int, head: Head | None = None) -> None:

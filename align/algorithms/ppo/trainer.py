@@ -18,6 +18,7 @@ from align.algorithms.online import (
     calibrated,
     open_source,
     saved_calibration,
+    turn,
 )
 from align.algorithms.ppo import state
 from align.algorithms.ppo.experience import (
@@ -221,19 +222,11 @@ class Trainer:
         return f"reward {measured['reward']:.3g}, KL {measured['kl']:.2f}"
 
     def questions(self, iteration: int) -> list[Question]:
-        """This iteration's prompts: the next ones of an endless row of permutations."""
-        everyone = self.online.questions
-        start = iteration * self.settings.prompts
-        found = []
-        for place in range(start, start + self.settings.prompts):
-            epoch, position = divmod(place, len(everyone))
-            order = self.order(epoch)
-            found.append(everyone[int(order[position])])
-        return found
-
-    def order(self, epoch: int) -> Any:
-        generator = numpy.random.default_rng([self.online.seed, epoch])
-        return generator.permutation(len(self.online.questions))
+        everyone, settings = self.online.questions, self.settings
+        places = turn(
+            iteration, count=len(everyone), prompts=settings.prompts, seed=self.online.seed
+        )
+        return [everyone[place] for place in places]
 
     def experience(
         self, questions: Sequence[Question], iteration: int

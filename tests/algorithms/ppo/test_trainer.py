@@ -175,9 +175,11 @@ def test_answers_of_every_iteration_differ_and_prompts_come_round(
     tiny: Model, tmp_path: Path
 ) -> None:
     run = trainer(tiny, tmp_path)
-    seen = [q.prompt.id for iteration in range(5) for q in run.questions(iteration)]
-    assert len(set(seen[:10])) == 10 and sorted(seen[:10]) == sorted(seen[10:])
-    assert seen[:10] != seen[10:]
+    turns = [[q.prompt.id for q in run.questions(iteration)] for iteration in range(20)]
+    assert all(len(set(turn)) == 4 for turn in turns)  # of ten: two an epoch are left out
+    assert all(not set(turns[i]) & set(turns[i + 1]) for i in range(0, 20, 2))
+    assert len({prompt for turn in turns for prompt in turn}) == 10
+    assert turns[:2] != turns[2:4]
     one, _ = run.experience(run.questions(0), 0)
     other, _ = run.experience(run.questions(0), 1)
     assert [r.completion for r in one.rollouts.rows] != [r.completion for r in other.rollouts.rows]

@@ -1,0 +1,151 @@
+"""The answers that one of TRL's trainers learns from: drawn by our sampler, scored by our sources
+of rewards, measured as PPO's.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from align.algorithms.online import Calibration, Online, calibrated
+from align.algorithms.ppo.experience import POLICY, REFERENCE, Experience, final_scores, passes
+from align.algorithms.ppo.gather import gathered
+from align.algorithms.ppo.measures import measures, timing, told
+from align.algorithms.ppo.rollout import Question, Rollouts, rollout, samples_of, sampling
+from align.algorithms.ppo.seeds import derived
+from align.models.roles import Roles
+from align.process_group import Ranks
+from align.rewards.source import Sample, Source
+
+CALIBRATED_ON = 256  # answers of the starting policy
+
+
+@dataclass(kw_only=True)
+class Answers:
+    """One iteration's answers of this process, from question to score.
+
+    TRL asks (`ask`), has them drawn (`draw`) and scored (`score`), in this order. What is measured
+    costs a pass of policy and reference beside TRL's own, whose per-token KL is averaged in another
+    way in each of its trainers.
+
+    Attributes:
+        settings: a `CriticFree`; PPO's functions read the fields that it shares with `Ppo`.
+        calibration: of no effect until it is known.
+    """
+
+    online: Online
+    settings: Any
+    roles: Roles
+    source: Source
+    ranks: Ranks
+    calibration: Calibration = field(default_factory=Calibration)
+    asked: list[Question] = field(default_factory=list)
+    drawn: Rollouts | None = None
+    samples: list[Sample] = field(default_factory=list)
+    experience: Experience | None = None
+    clock: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @torch.no_grad()
+    def calibrate(self) -> Calibration:
+        """Every process measures the same, so that nothing has to be sent."""
+        few = self.online.questions[: math.ceil(CALIBRATED_ON / self.settings.samples)]
+        with self.still(REFERENCE) as model:
+            drawn = rollout(
+                model, self.online.tokenizer, few, seed=derived(self.online.seed, "calibrate"),
+                settings=sampling(self.settings, n=self.settings.samples),
+            )  # fmt: skip
+        raw = self.source.scores(samples_of(drawn, few, self.online.tokenizer))
+        return calibrated(raw, name=self.source.name)
+
+    # What TRL calls.
+
+    def ask(self, places: Sequence[str]) -> list[list[int]]:
+        """Prompts as token ids, one for each answer.
+
+        Args:
+            places: of the questions, as TRL's rows have them: `samples` times each, together.
+        """
+        n = self.settings.samples
+        groups = [places[i : i + n] for i in range(0, len(places), n)]
+        assert all(len(set(group)) == 1 and len(group) == n for group in groups), "scattered group"
+        self.asked = [self.online.questions[int(group[0])] for group in groups]
+        return [list(question.ids) for question in self.asked for _ in range(n)]
+
+    def draw(self, iteration: int) -> list[list[int]]:
+        """Answers to the questions that were asked last; the same whoever draws them, and
+        whenever.
+        """
+        with self.timed("generate"), self.still(POLICY) as model:
+            self.drawn = rollout(
+                model, self.online.tokenizer, self.asked,
+                settings=sampling(self.settings, n=self.settings.samples),
+                seed=derived(self.online.seed, "rollout", iteration),
+            )  # fmt: skip
+        return [list(row.completion) for row in self.drawn.rows]
+
+    def score(self, prompts: Sequence[str], **rest: Any) -> list[float | None]:
+        """TRL's reward function: calibrated scores; None where there is none, which TRL leaves out
+        of the baseline and gives no advantage.
+        """
+        assert self.drawn is not None and len(prompts) == len(self.drawn.rows)
+        self.samples = samples_of(self.drawn, self.asked, self.online.tokenizer)
+        with self.timed("reward"), self.still():
+            given = self.source.scores(self.samples)
+        raw = torch.tensor([math.nan if value is None else value for value in given])
+        taught = ~raw.isnan()
+        scores = final_scores(
+            raw.nan_to_num(self.calibration.mean), self.drawn.ended,
+            mean=self.calibration.mean, std=self.calibration.std, settings=self.settings,
+        )  # fmt: skip
+        with self.timed("score"), self.still():
+            seen = passes(self.roles, self.drawn, settings=self.settings)
+        self.experience = Experience(
+            rollouts=self.drawn, passes=seen, scores=scores, raw=raw, taught=taught
+        )
+        pairs = zip(scores.tolist(), taught.tolist(), strict=True)
+        return [score if known else None for score, known in pairs]
+
+    # What is told of them.
+
+    def told(self, *, step: int) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, Any]]:
+        """Measures over all processes, some answers, and what it took."""
+        assert self.experience is not None
+        everyone = gathered(self.experience, self.ranks)
+        nothing = torch.zeros_like(everyone.passes.values)
+        measured = measures(everyone, nothing, calibration=self.calibration, settings=self.settings)
+        measured.pop("explained_variance")  # there is no value function
+        few = self.settings.logged_samples
+        some = told(self.samples, everyone, step=step, few=few)
+        took = timing(self.clock, everyone, step=step)
+        self.clock.clear()
+        return measured, some, took
+
+    # How it is done.
+
+    @contextmanager
+    def still(self, role: str = POLICY) -> Iterator[Any]:
+        """The model as a role, in evaluation mode: training mode would switch dropout on and, with
+        recomputed activations, the sampler's cache off.
+        """
+        training = self.roles.model.training
+        self.roles.model.eval()
+        try:
+            with self.roles.role(role) as model:
+                yield model
+        finally:
+            self.roles.model.train(training)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.clock[phase] += time.perf_counter() - started
