@@ -40,6 +40,7 @@ from align.artifacts import COUNTS, read_json, write_json
 from align.errors import ConfigError, StageError
 from align.models.adapters import WEIGHTS, save_adapter
 from align.models.roles import Roles
+from align.models.settings import Lora
 from align.process_group import open_ranks
 
 ADAPTER = "default"  # the only name that TRL takes for a policy's adapter
@@ -136,6 +137,11 @@ def answers_of(online: Online, settings: CriticFree) -> Answers:
         raise StageError(
             f"algorithm.prompts={settings.prompts}: more than the {len(online.questions)} prompts "
             f"to train on; type algorithm.prompts={max(1, len(online.questions) // 4)}"
+        )
+    if not isinstance(online.adapter, Lora):
+        raise ConfigError(
+            f"adapter={online.adapter.name}: TRL would load a second whole model as the reference; "
+            "type adapter=lora, or algorithm=ppo algorithm.value=none"
         )
     roles = Roles(online.base)
     roles.bind(REFERENCE)

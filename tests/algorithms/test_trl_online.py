@@ -24,7 +24,7 @@ from align.launch import free_port
 from align.models.adapters import WEIGHTS, add_lora, save_adapter
 from align.models.load import load_model
 from align.models.roles import HEAD, Roles, weights_hash
-from align.models.settings import Lora, Model
+from align.models.settings import Full, Lora, Model
 from align.records import Prompt
 from align.rewards.role import RoleReward
 from tests.algorithms.ppo import running as ppo_running
@@ -306,6 +306,12 @@ def test_a_prompts_answers_are_never_parted_among_processes() -> None:
 def test_more_prompts_than_there_are_cannot_be_asked_for(tiny: Model, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"algorithm.prompts=11: .*; type algorithm.prompts=2"):
         train("rloo", tiny, tmp_path, prompts=11)
+
+
+def test_whole_models_are_left_to_ppo(tiny: Model, tmp_path: Path) -> None:
+    given = replace(online(tiny), adapter=Full(name="full"))
+    with pytest.raises(ConfigError, match=r"adapter=full: .*; type adapter=lora, or algorithm=ppo"):
+        train("rloo", tiny, tmp_path, given=given)
 
 
 @pytest.mark.slow
