@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from align.algorithms.ppo import state
 from align.algorithms.ppo.experience import POLICY, REFERENCE, VALUE
 from align.algorithms.ppo.trainer import Trainer, made
-from align.errors import StageError
+from align.errors import ConfigError, StageError
 from align.launch import free_port
+from align.models.adapters import load_adapter, without_adapter
 from align.models.roles import weights_hash
-from align.models.settings import Lora, Model
+from align.models.settings import Full, Lora, Model
 from align.process_group import Ranks
 from tests.algorithms.ppo.running import LORA, online, settings, train
 from tests.conftest import model_settings, save_tiny
@@ -284,6 +285,21 @@ def test_other_architectures_and_adapters_learn(
     lines = curves(train(model, tmp_path / "out", given=given, **LEARNING))
     assert gain(lines) > 0.05
     assert lines[0]["sampler_gap"] < 1e-4
+
+
+def test_all_weights_can_be_trained_and_the_model_that_is_left_is_whole(
+    tiny: Model, tmp_path: Path
+) -> None:
+    given = online(tiny, lora=Full(name="full"))
+    before = weights_hash(given.base)
+    out = train(tiny, tmp_path, given=given, **{**LEARNING, "learning_rate": 1e-3, "iterations": 30})
+    assert gain(curves(out)) > 0.05 and weights_hash(given.base) == before
+    whole = load_adapter(given.base, out / "adapter")
+    assert weights_hash(whole) != before
+    with torch.no_grad(), without_adapter(whole, given.base) as base:
+        assert base is given.base
+    with pytest.raises(ConfigError, match="adapter=full describes none"):
+        made(given, settings=settings(value="adapter"), out=tmp_path / "x", ranks=ALONE)
 
 
 def test_more_prompts_than_there_are_is_one_line(tiny: Model, tmp_path: Path) -> None:
