@@ -191,6 +191,7 @@ def test_the_files_that_are_left_can_be_used_and_run_no_code(tiny: Model, tmp_pa
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "counts.json",
         "curves.jsonl", "metrics.json", "samples.jsonl", "value/adapter_config.json",
         "value/adapter_model.safetensors", "value/head.safetensors",
+        "warnings.jsonl",
     ]  # fmt: skip
     told = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(told) == 4 * 4 and {"id", "text", "reward", "score", "kl"} <= told[0].keys()
