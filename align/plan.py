@@ -234,8 +234,12 @@ def training(config: Config, *, made: Sequence[str]) -> list[Step]:
     return [trained("train", settings, inputs)]
 
 
+LOGS = ("curves.jsonl", "samples.jsonl", "timing.jsonl")
+
+
 def trained(stage: str, settings: Any, inputs: Mapping[str, str]) -> Step:
-    links = {"adapter": "adapter"}
+    shown = ("adapter", *(LOGS if stage == "online" else ()))
+    links = {name: name for name in shown}
     return Step(
         name="train", stage=stage, settings=settings, inputs=inputs, links=links, distributed=True
     )

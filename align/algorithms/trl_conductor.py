@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 from align.algorithms import checkpoints
 from align.algorithms.ppo.health import hopeless, warnings_of
 from align.algorithms.ppo.monitor import Monitor
+from align.algorithms.ppo.warned import Warned
 from align.algorithms.trl_answers import Answers
 from align.errors import StageError
 from align.jsonl import JsonlAppender, read_lines, truncate_lines
-from align.notice import notice
 from align.progress import progress_bar
 
 CURVES, SAMPLES, TIMING = "curves.jsonl", "samples.jsonl", "timing.jsonl"
@@ -41,7 +41,7 @@ class Conductor(TrainerCallback):
         self.folder, self.out, self.settings = folder, out, settings
         self.steps = settings.epochs * settings.minibatches
         self.history: list[dict[str, float]] = []
-        self.warned: set[str] = set()
+        self.warned = Warned(out)
         self.shown = ExitStack()
         self.started = time.perf_counter()
 
@@ -67,8 +67,9 @@ class Conductor(TrainerCallback):
         measured |= {name: float(logs[key]) for name, key in LOGGED.items() if key in logs}
         self.history.append(measured)
         self.check(measured, iteration)
-        self.watch(measured, iteration)
+        took |= self.watch(measured, iteration)
         if self.answers.ranks.first:
+            self.warn(iteration)
             took["iteration_s"] = round(time.perf_counter() - self.started, 4)
             append(self.out / CURVES, [{"step": iteration, **measured}])
             append(self.out / SAMPLES, some)
@@ -90,21 +91,23 @@ class Conductor(TrainerCallback):
                 f"algorithm.learning_rate (now {self.settings.learning_rate:g}; try "
                 f"{self.settings.learning_rate / 4:g})"
             )
+
+    def watch(self, measured: dict[str, float], iteration: int) -> dict[str, float]:
+        """Held-out prompts, now and then and after the last iteration; returns what it took."""
+        due = iteration % self.settings.monitor_every == 0 or iteration == 1
+        last = iteration == self.settings.iterations
+        if not (self.answers.ranks.first and self.monitor.questions and (due or last)):
+            return {}
+        started = time.perf_counter()
+        with self.answers.still():
+            measured |= self.monitor.measure()
+        return {"watch_s": round(time.perf_counter() - started, 4)}
+
+    def warn(self, iteration: int) -> None:
         history = [{**UNKNOWN, **line} for line in self.history]
         best = self.answers.calibration.highest
         odd = warnings_of(history, settings=self.settings, best_reference=best)
-        for name, warning in odd.items():
-            if self.answers.ranks.first and name not in self.warned:
-                notice(f"iteration {iteration}: {warning}")
-            self.warned.add(name)
-
-    def watch(self, measured: dict[str, float], iteration: int) -> None:
-        """Held-out prompts, now and then and after the last iteration."""
-        due = iteration % self.settings.monitor_every == 0 or iteration == 1
-        last = iteration == self.settings.iterations
-        if self.answers.ranks.first and self.monitor.questions and (due or last):
-            with self.answers.still():
-                measured |= self.monitor.measure()
+        self.warned.tell(odd, step=iteration)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.answers.ranks.wait()  # every process's random state is on disk
@@ -127,6 +130,7 @@ def go_on_from(conductor: Conductor, done: int) -> list[dict[str, float]]:
     for name, each in ((CURVES, 1), (SAMPLES, few), (TIMING, 1)):
         if (out / name).exists():
             truncate_lines(out / name, iterations * each)
+    conductor.warned.go_on_from(iterations)
     if not (out / CURVES).exists():
         return []
     return [line for _, line in read_lines(out / CURVES)]

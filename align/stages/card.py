@@ -7,7 +7,9 @@ from typing import Any
 
 import yaml
 
+from align.algorithms.ppo.health import overoptimised
 from align.stages.evidence import Evidence
+from align.stages.online_page import source
 from align.stages.verdict import bounds, number, overall, percent, verdict
 
 QUANTIZED = {
@@ -23,6 +25,14 @@ QUANTIZED = {
 LOST = ("refusal", "malformed", "overflow", "failed", "duplicates", "empty", "inconsistent")
 
 
+CONFIG = "adapter_config.json"
+
+
+def is_whole(files: Sequence[str]) -> bool:
+    """Whether a folder holds a model rather than an adapter."""
+    return "config.json" in files and CONFIG not in files
+
+
 def model_card(evidence: Evidence, *, name: str, command: str, files: Sequence[str]) -> str:
     """README.md of the adapter's folder: YAML front matter for the hub, then Markdown.
 
@@ -31,16 +41,16 @@ def model_card(evidence: Evidence, *, name: str, command: str, files: Sequence[s
         command: what reproduces it.
         files: names of the adapter's files, to know whether the tokenizer came along.
     """
-    told = verdict(evidence.metrics, judge=evidence.judge)
+    told, whole = verdict(evidence.metrics, judge=evidence.judge), is_whole(files)
     parts = [
-        front_matter(evidence),
+        front_matter(evidence, whole=whole),
         f"# {inline(name)}",
-        f"An adapter aligned to preferences with {algorithm(evidence)} by `align`. "
-        f"{inline(told.sentence)}",
+        f"{'A model' if whole else 'An adapter'} aligned to preferences with "
+        f"{algorithm(evidence)} by `align`. {inline(told.sentence)}",
         "## How well it did",
         results(evidence),
         "## What it was trained on",
-        training(evidence),
+        training(evidence, whole=whole),
         "## How to load it",
         loading(evidence, files=files),
         "## Limits",
@@ -51,17 +61,17 @@ def model_card(evidence: Evidence, *, name: str, command: str, files: Sequence[s
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(evidence: Evidence) -> str:
+def front_matter(evidence: Evidence, *, whole: bool = False) -> str:
     """Hub metadata; the YAML library quotes every value, so no name can break out of it."""
     base = base_model(evidence)
     metadata: dict[str, Any] = {
-        "library_name": "peft",
+        "library_name": "transformers" if whole else "peft",
         "pipeline_tag": "text-generation",
         "tags": [
             "align",
             "preference-alignment",
             algorithm(evidence).lower(),
-            adapter_kind(evidence).lower(),
+            adapter_kind(evidence, whole=whole).lower(),
         ],
     }
     if is_folder(base):
@@ -94,8 +104,11 @@ def algorithm(evidence: Evidence) -> str:
     return str(evidence.setting("algorithm.name") or "preference optimization").upper()
 
 
-def adapter_kind(evidence: Evidence) -> str:
-    return "QLoRA" if evidence.setting("model.quantization") == "nf4" else "LoRA"
+def adapter_kind(evidence: Evidence, *, whole: bool = False) -> str:
+    if whole:
+        return "full-fine-tuning"
+    low_rank = "DoRA" if evidence.setting("adapter.name") == "dora" else "LoRA"
+    return f"Q{low_rank}" if evidence.setting("model.quantization") == "nf4" else low_rank
 
 
 def results(evidence: Evidence) -> str:
@@ -139,10 +152,10 @@ def results(evidence: Evidence) -> str:
     return f"| | | 95% interval |\n|---|---:|---|\n{body}\n\n{judged} A tie counts as half a win."
 
 
-def training(evidence: Evidence) -> str:
+def training(evidence: Evidence, *, whole: bool = False) -> str:
     """Counts of what became data and of what did not."""
     counts, metrics = evidence.counts.get("preferences", {}), evidence.metrics
-    lines = []
+    lines = sampling(evidence) if evidence.online else []
     if "train/pairs" in metrics:
         steps = f", {metrics['train/steps']:,.0f} steps" if "train/steps" in metrics else ""
         lines.append(f"- {metrics['train/pairs']:,.0f} preference pairs{steps}")
@@ -155,13 +168,34 @@ def training(evidence: Evidence) -> str:
     data = evidence.setting("data.name")
     if data:
         lines.append(f"- Data: {inline(str(data))}")
-    reference = "the base model without the adapter, in the same precision as in training"
+    without = "as it was before training" if whole else "without the adapter"
+    reference = f"the base model {without}, in the same precision as in training"
     lines.append(f"- Reference policy: {reference}")
     return "\n".join(lines)
 
 
+def sampling(evidence: Evidence) -> list[str]:
+    """What a policy learnt from that learnt from its own answers."""
+    metrics = evidence.metrics
+    lines = [f"- {metrics['train/answers']:,.0f} answers that it sampled itself"]
+    if "train/iterations" in metrics:
+        lines[0] += f", in {metrics['train/iterations']:,.0f} iterations"
+    if "train/prompts" in metrics:
+        lines[0] += f", to {metrics['train/prompts']:,.0f} prompts"
+    lines.append(f"- Rewards: {inline(source(evidence))}")
+    if "reward/held_out_accuracy" in metrics:
+        ranked = percent(metrics["reward/held_out_accuracy"])
+        lines[-1] += f", which ranks {ranked} of held-out pairs as the judge does"
+    if "train/kl" in metrics:
+        told = f"{number(metrics['train/kl'])} nats an answer at the last iteration"
+        lines.append(f"- KL from the reference: {told}")
+    return lines
+
+
 def loading(evidence: Evidence, *, files: Sequence[str]) -> str:
     """Plain peft and transformers; names are written as JSON, whose strings Python reads too."""
+    if is_whole(files):
+        return loading_whole(evidence, files=files)
     base, commit = json.dumps(base_model(evidence)), revision(evidence)
     config = QUANTIZED.get(str(evidence.setting("model.quantization")), "")
     where = "ADAPTER" if "tokenizer_config.json" in files else "BASE"
@@ -177,19 +211,43 @@ dtype = torch.bfloat16  # torch.float32 on a CPU
 {config}base = AutoModelForCausalLM.from_pretrained(BASE{pinned}, dtype=dtype{argument})
 model = PeftModel.from_pretrained(base, ADAPTER).eval()
 tokenizer = AutoTokenizer.from_pretrained({where}{pinned if where == "BASE" else ""})"""
+    return fenced(code, "python") + template_note(evidence)
+
+
+def loading_whole(evidence: Evidence, *, files: Sequence[str]) -> str:
+    """Of a model, not an adapter; its tokenizer is the base's unless it came along."""
+    base, commit = json.dumps(base_model(evidence)), revision(evidence)
+    pinned = f", revision={json.dumps(commit)}" if commit else ""
+    tokenizer = '"."' if "tokenizer_config.json" in files else f"{base}{pinned}"
+    code = f"""import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+dtype = torch.bfloat16  # torch.float32 on a CPU
+model = AutoModelForCausalLM.from_pretrained(".", dtype=dtype).eval()  # the folder of this file
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})"""
+    return fenced(code, "python") + template_note(evidence)
+
+
+def template_note(evidence: Evidence) -> str:
     template = evidence.setting("model.chat_template")
-    note = f"\n\nIt was trained with the chat template {inline(str(template))}." if template else ""
-    return fenced(code, "python") + note
+    return f"\n\nIt was trained with the chat template {inline(str(template))}." if template else ""
 
 
 def limits(evidence: Evidence) -> str:
     """What a reader must not conclude."""
+    prefers = "source of rewards" if evidence.online else "judge"
     lines = [
         "- It was measured on held-out prompts of the kind it was trained on; elsewhere it may do "
         "better or worse.",
-        "- It repeats what its judge prefers, the judge's blind spots included.",
+        f"- It repeats what its {prefers} prefers, the {prefers}'s blind spots included.",
         "- It was not examined for safety; the base model's limits and licence hold for it too.",
     ]
+    best = overoptimised(evidence.curves)
+    if best is not None:
+        lines.append(
+            "- On held-out prompts its reward went on rising while the judge's win rate fell since "
+            f"iteration {best}: it is over-optimised."
+        )
     if evidence.setting("model.quantization") == "nf4":
         gap = evidence.metrics.get("evaluate/precision_gap")
         known = f" (by {number(gap)} nats a token)" if gap is not None else ""

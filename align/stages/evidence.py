@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from align.artifacts import MANIFEST, read_json
+from align.artifacts import COUNTS, MANIFEST, read_json
 from align.errors import DataError, StageError
 from align.jsonl import read_lines
 
 ORDER = (
-    "prompts", "candidates", "preferences", "reference", "train",
+    "prompts", "candidates", "preferences", "reference", "reward", "train",
     "test_prompts", "before", "after", "evaluate",
 )  # fmt: skip
 
@@ -50,11 +50,25 @@ class Compared:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """An answer from the training, with its raw reward and KL where they are known."""
+
+    step: int
+    turns: Sequence[tuple[str, str]]
+    text: str
+    reward: float | None
+    kl: float | None
+    length: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """All that is told.
 
     Attributes:
-        metrics: flat, of training and evaluation, finite numbers only.
+        metrics: flat, of the reward model, training and evaluation, finite numbers only.
+        sampled, timing, warnings: of a training on the policy's own answers, in order.
+        reward: what the source of rewards calls itself, "" where there was none.
         counts, manifests: by the step's name, in the order of the work.
         judge, label_judge: names; None or "" where there was none.
         config: the run's resolved configuration, {} where it is not YAML.
@@ -63,6 +77,10 @@ class Evidence:
     metrics: Mapping[str, float]
     curves: Sequence[Mapping[str, float]]
     compared: Sequence[Compared]
+    sampled: Sequence[Sampled]
+    timing: Sequence[Mapping[str, float]]
+    warnings: Sequence[str]
+    reward: str
     counts: Mapping[str, Mapping[str, float]]
     manifests: Mapping[str, Mapping[str, Any]]
     judge: str | None
@@ -70,6 +88,11 @@ class Evidence:
     same_judge: bool
     note: str
     config: Mapping[str, Any]
+
+    @property
+    def online(self) -> bool:
+        """Whether the policy learnt from rewards for its own answers."""
+        return "train/answers" in self.metrics
 
     def setting(self, dotted: str) -> Any:
         """A value of the configuration, or None. Example: `setting("algorithm.beta")`."""
@@ -91,8 +114,10 @@ def gather(inputs: Mapping[str, Path], *, config: str, label_judge: str) -> Evid
             raise StageError(
                 f"inputs={sorted(inputs)}: a report needs {needed}; run that stage before it"
             )
+    train = inputs["train"]
     metrics = {
-        **numbers(inputs["train"] / "metrics.json"),
+        **(numbers(inputs["reward"] / "metrics.json") if "reward" in inputs else {}),
+        **numbers(train / "metrics.json"),
         **numbers(inputs["evaluate"] / "metrics.json"),
     }
     judging = json_object(inputs["evaluate"] / "judge.json")
@@ -101,8 +126,15 @@ def gather(inputs: Mapping[str, Path], *, config: str, label_judge: str) -> Evid
     names = [name for name in ORDER if name in inputs] + sorted(set(inputs) - set(ORDER))
     return Evidence(
         metrics=metrics,
-        curves=[finite(line) for line in lines(inputs["train"] / "curves.jsonl")],
+        curves=[finite(line) for line in lines(train / "curves.jsonl")],
         compared=[compared(line) for line in lines(inputs["evaluate"] / "comparisons.jsonl")],
+        sampled=[sampled(line) for line in lines(train / "samples.jsonl")],
+        timing=[finite(line) for line in lines(train / "timing.jsonl")],
+        warnings=[
+            f"Iteration {line.get('step')}: {line.get('text')}"
+            for line in lines(train / "warnings.jsonl")
+        ],
+        reward=str(json_object(train / COUNTS).get("reward") or ""),
         counts={name: numbers(inputs[name] / "counts.json") for name in names},
         manifests={name: json_object(inputs[name] / MANIFEST) for name in names},
         judge=judge,
@@ -149,15 +181,30 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def compared(line: Mapping[str, Any]) -> Compared:
     p, margin = line.get("p_after"), line.get("margin")
-    turns = [(str(turn["role"]), str(turn["content"])) for turn in line.get("messages") or []]
     return Compared(
         id=str(line.get("id")),
-        turns=turns,
+        turns=turns(line),
         before=answer(line.get("before") or {}),
         after=answer(line.get("after") or {}),
         p_after=None if p is None else float(p),
         margin=abs(float(margin)) if margin is not None else 0.0,
         status=str(line.get("status") or ""),
+    )
+
+
+def turns(line: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(str(turn["role"]), str(turn["content"])) for turn in line.get("messages") or []]
+
+
+def sampled(line: Mapping[str, Any]) -> Sampled:
+    known = finite({key: line.get(key) for key in ("step", "reward", "kl", "tokens")})
+    return Sampled(
+        step=int(known.get("step", 0)),
+        turns=turns(line),
+        text=str(line.get("text") or ""),
+        reward=known.get("reward"),
+        kl=known.get("kl"),
+        length=known.get("tokens"),
     )
 
 

@@ -156,9 +156,17 @@ def marks(rows: Sequence[Change]) -> str:
 
 
 def curves(
-    lines: Sequence[Line], *, name: str, label: str, percent: bool, kept: float | None
+    lines: Sequence[Line],
+    *,
+    name: str,
+    label: str,
+    percent: bool,
+    kept: float | None,
+    limits: Sequence[float] = (),
 ) -> str:
-    """One small panel over training steps; `kept` marks the step whose adapter was kept."""
+    """One small panel over training steps; `kept` marks the step whose adapter was kept, `limits`
+    are lines that it should not cross, drawn where a curve comes near.
+    """
     figure = canvas(300, 180)
     ax = axes(figure, left=44, right=12, top=20, bottom=28)
     for line in lines:
@@ -177,6 +185,9 @@ def curves(
         else:
             ax.plot(steps, values, color=line.color, linewidth=1.1, alpha=0.6)
     low, high = ax.get_ylim()
+    for limit in (end for end in limits if 0 < end < high + (high - low) / 2):
+        ax.axhline(limit, color=MUTED, linewidth=0.9, dashes=(2, 2))
+        low, high = min(low, limit), max(high, limit)
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         low, high = max(low, -0.02), min(high, 1.02)

@@ -16,12 +16,14 @@ from align.artifacts import write_atomic
 from align.errors import StageError
 from align.records import OK, TIE
 from align.stages import plots
-from align.stages.card import model_card
+from align.stages.card import is_whole, model_card
 from align.stages.evidence import Compared, Evidence, gather
+from align.stages.online_page import learnt
 from align.stages.page import environment, style
-from align.stages.plots import AFTER, BEFORE, Change, Line, Rate
+from align.stages.panels import panels
+from align.stages.plots import Change, Rate
 from align.stages.settings import ReportStage
-from align.stages.verdict import measured, overall, verdict
+from align.stages.verdict import measured, number, overall, verdict
 from align.stats import win_rate
 from align.unseen import printable
 
@@ -30,23 +32,6 @@ MOST_GAINS, MOST_LOSSES = 4, 12
 SEED = 0
 LONG_TEXT = 900
 USABLE = (OK, TIE, "")
-PANELS = (
-    ("loss", "Loss", ("loss",), "what is minimised"),
-    ("margin", "Reward margin", ("reward_margin",), "implicit reward of chosen minus rejected"),
-    ("accuracy", "Accuracy", ("accuracy",), "pairs ranked as the judge ranks them"),
-    ("kl", "KL", ("kl",), "from the model it started from, nats"),
-    ("logps", "Log-probabilities", ("chosen_logps", "rejected_logps"), "of whole answers, nats"),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One training curve, drawn; `pair` where it shows chosen and rejected."""
-
-    title: str
-    told: str
-    svg: Markup
-    pair: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +61,7 @@ def run(settings: ReportStage, inputs: dict[str, Path], out: Path) -> None:
     files = link_adapter(inputs["train"] / "adapter", out / "adapter")
     card = model_card(evidence, name=settings.name, command=settings.command, files=files)
     write_atomic(out / "adapter" / "README.md", printable(card))
-    write_atomic(out / "report.html", page(settings, evidence))
+    write_atomic(out / "report.html", page(settings, evidence, whole=is_whole(files)))
     write_atomic(out / "verdict.txt", printable(told.sentence) + "\n")
 
 
@@ -101,10 +86,16 @@ def link_adapter(source: Path, target: Path) -> list[str]:
     return [file.relative_to(source).as_posix() for file in files]
 
 
-def page(settings: ReportStage, evidence: Evidence) -> str:
-    """The whole page, self-contained."""
+def page(settings: ReportStage, evidence: Evidence, *, whole: bool = False) -> str:
+    """The whole page, self-contained.
+
+    Args:
+        whole: a whole model was trained, no adapter.
+    """
     templates = environment()
-    templates.filters |= {"duration": duration, "words": lambda key: key.replace("_", " ")}
+    templates.filters |= {
+        "duration": duration, "words": lambda key: key.replace("_", " "), "signed": signed,
+    }  # fmt: skip
     judged = [pair for pair in evidence.compared if pair.p_after is not None]
     ranked = sorted(judged, key=lambda pair: (-pair.gain, pair.id))
     losses = [pair for pair in reversed(ranked) if pair.gain < 0]
@@ -126,6 +117,8 @@ def page(settings: ReportStage, evidence: Evidence) -> str:
         marks=changes,
         fell=any(row.after < row.before for row in changes),
         panels=panels(evidence),
+        learnt=learnt(evidence) if evidence.online else None,
+        whole=whole,
         gains=gains,
         losses=losses,
         most_gains=MOST_GAINS,
@@ -196,36 +189,6 @@ def marks(evidence: Evidence) -> list[Change]:
     )
 
 
-def panels(evidence: Evidence) -> list[Panel]:
-    """Small multiples of what was logged; a panel without a single value is left out."""
-    kept = evidence.metrics.get("train/best_step")
-    drawn = []
-    for name, title, keys, told in PANELS:
-        pair = len(keys) > 1
-        lines = []
-        for i, key in enumerate(keys):
-            color = (AFTER if i == 0 else plots.WORSE) if pair else BEFORE
-            lines += line(evidence, key, color=color) + line(
-                evidence, f"eval_{key}", color=color if pair else AFTER, dots=True
-            )
-        if lines:
-            ends = "; ".join(f"from {one.values[0]:.3g} to {one.values[-1]:.3g}" for one in lines)
-            svg = plots.curves(
-                lines, name=f"curve-{name}", label=f"{title} by training step: {ends}",
-                percent=name == "accuracy", kept=kept,
-            )  # fmt: skip
-            drawn.append(Panel(title=title, told=told, svg=Markup(svg), pair=pair))
-    return drawn
-
-
-def line(evidence: Evidence, key: str, *, color: str, dots: bool = False) -> list[Line]:
-    points = [(row["step"], row[key]) for row in evidence.curves if "step" in row and key in row]
-    if not points:
-        return []
-    steps, values = zip(*points, strict=True)
-    return [Line(color=color, steps=steps, values=values, dots=dots)]
-
-
 class Drawing:
     """The figures that the template places, each empty where there is nothing to draw."""
 
@@ -290,3 +253,8 @@ def duration(seconds: float) -> str:
     return (
         f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
     )
+
+
+def signed(value: float) -> str:
+    """As one reads it, to two decimals, with a minus sign of a number's width."""
+    return number(round(value, 2)).replace("-", "−")

@@ -213,3 +213,91 @@ def fabricate(
     write(inputs["evaluate"] / "metrics.json", measured(rows))
     write(inputs["evaluate"] / "judge.json", {"judge": "rubric"})
     return inputs
+
+
+PPO_CONFIG = """\
+recipe_name: ppo
+name: ppo
+seed: 0
+model: {name: Qwen/Qwen3-8B, revision: null, quantization: nf4, dtype: auto}
+adapter: {name: lora, rank: 16, alpha: 32.0, dropout: 0.0, target_modules: all-linear}
+data: {name: starter}
+algorithm: {name: ppo, reward: role, value: trunk, beta: 0.05, kl_band: [0.0, 40.0]}
+"""
+
+
+def iterations(rng: random.Random, *, count: int, overoptimised: bool) -> list[dict[str, float]]:
+    """Curves as PPO writes them, watched every tenth iteration."""
+    lines = []
+    for step in range(1, count + 1):
+        learnt = 1 - math.exp(-step / (count / 3))
+        lost = max(0.0, step / count - 0.5) if overoptimised else 0.0
+        kl = 24 * learnt + rng.gauss(0, 0.5)
+        line = {
+            "step": step, "reward": 1.8 * learnt + rng.gauss(0, 0.1), "reward_std": 0.9,
+            "score": 1.2 * learnt, "clipped_rewards": 0.01, "taught": 1.0, "kl": kl,
+            "kl_error": 0.4, "kl_k3": kl * 1.06, "entropy": 1.6 - 0.7 * learnt,
+            "explained_variance": 0.62 * learnt + rng.gauss(0, 0.03), "length": 24 + 9 * learnt,
+            "eos_rate": min(1.0, 0.97 + rng.gauss(0, 0.01)), "sampler_gap": 4e-7, "beta": 0.05,
+            "learning_rate": 1e-5, "policy_loss": -0.01, "value_loss": 0.3, "grad_norm": 0.4,
+            "clip_fraction": 0.08 + rng.gauss(0, 0.01), "ratio_std": 0.1,
+        }  # fmt: skip
+        if step % 10 == 0 or step == 1:
+            rate = 0.5 + 0.3 * learnt - 0.9 * lost
+            line |= {
+                "eval_length": 25 + 9 * learnt, "eval_reward": 1.7 * learnt,
+                "eval_win_rate": rate, "eval_judged": 64.0,
+            }  # fmt: skip
+        lines.append(line)
+    return lines
+
+
+def told(
+    lines: Mapping[str, Any], rng: random.Random, *, step: int, reward: float
+) -> dict[str, Any]:
+    """A line of samples.jsonl."""
+    return {
+        "v": 1, "step": step, "id": lines["id"], "messages": lines["messages"],
+        "text": rng.choice(ANSWERS), "finish": "eos", "reward": reward, "score": reward,
+        "kl": 0.1 * step, "tokens": 21,
+    }  # fmt: skip
+
+
+def fabricate_ppo(
+    root: Path, *, count: int = 60, overoptimised: bool = False, prompts: int = 120
+) -> dict[str, Path]:
+    """All folders of a finished PPO run with a reward model of its own."""
+    inputs = fabricate(root, prompts=prompts)
+    rng = random.Random(5)
+    inputs["reward"] = root / "reward"
+    write(inputs["reward"] / "manifest.json", manifest("reward", seconds=388.0))
+    write(inputs["reward"] / "metrics.json", {
+        "reward/pairs": 4868, "reward/held_out_pairs": 256, "reward/held_out_prompts": 80,
+        "reward/held_out_accuracy": 0.742, "reward/held_out_accuracy_low": 0.689,
+        "reward/held_out_accuracy_high": 0.793,
+    })  # fmt: skip
+    train = inputs["train"]
+    curves = iterations(rng, count=count, overoptimised=overoptimised)
+    write_lines(train / "curves.jsonl", curves)
+    lines = [json.loads(line) for line in STARTER.read_text(encoding="utf-8").splitlines()[:40]]
+    write_lines(train / "samples.jsonl", [
+        told(rng.choice(lines), rng, step=step, reward=reward)
+        for step in range(1, count + 1) for reward in (-2.125, -0.5, 0.75, 1.5)
+    ])  # fmt: skip
+    write_lines(train / "timing.jsonl", [
+        {"step": step, "generate_s": 4.0, "reward_s": 0.5, "score_s": 1.5, "learn_s": 10.0,
+         "answer_tokens": 8000, "tokens": 24_000, "memory_mb": 18_000}
+        for step in range(1, count + 1)
+    ])  # fmt: skip
+    write_lines(train / "warnings.jsonl", [
+        {"step": 12, "name": "ratio", "text": "the policy moves far within one iteration."}
+    ])  # fmt: skip
+    write(train / "counts.json", {"reference": "base model, adapter off", "reward": "reward"})
+    write(train / "metrics.json", {
+        "train/iterations": count, "train/prompts": 1511, "train/answers": count * 256,
+        "train/kl_in_band": 1.0, "train/kl": curves[-1]["kl"],
+    })  # fmt: skip
+    path = inputs["evaluate"] / "metrics.json"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    write(path, {key: v for key, v in known.items() if key != "evaluate/held_out_accuracy"})
+    return inputs

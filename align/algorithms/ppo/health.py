@@ -10,6 +10,7 @@ FAR_RATIO = 0.5  # standard deviation of the probability ratio within one iterat
 LOW_ENTROPY = 0.2  # of what it was at first
 LENGTHS = (1 / 3, 3.0)  # times the first length
 CLIPPED_SHARE = 0.25
+SURE = 2.0  # standard errors by which a win rate must have fallen
 
 
 def hopeless(measured: Mapping[str, float]) -> str | None:
@@ -89,4 +90,47 @@ def warnings_of(
             f"{1 - now['taught']:.0%} of the answers have no reward and teach nothing. See what "
             "the source of rewards says of them"
         )
+    best = overoptimised(history)
+    if best is not None:
+        found["over_optimised"] = (
+            f"on held-out prompts the reward went on rising while the judge's win rate fell since "
+            f"iteration {best}: answers come to please the reward more than the judge. Type "
+            f"algorithm.iterations={best}, raise algorithm.beta (now {now['beta']:.3g}), or train "
+            "the reward model on answers of the new policy"
+        )
     return found
+
+
+def overoptimised(curves: Sequence[Mapping[str, float]]) -> int | None:
+    """The iteration of the judge's best win rate, if the policy has since learnt to please the
+    reward at the judge's expense: the win rate p fell by more than chance explains, and the reward
+    rose.
+
+        p_best - p_last > 2 sqrt(p_best (1 - p_best) / n_best + p_last (1 - p_last) / n_last)
+
+    See Gao, Schulman and Hilton 2022, arXiv:2210.10760, figure 1.
+
+    Args:
+        curves: lines by iteration, of which some have eval_reward, eval_win_rate and eval_judged;
+            without `step`, a line's place is its iteration.
+    """
+    keys = ("eval_reward", "eval_win_rate", "eval_judged")
+    watched = [
+        (int(line.get("step", place)), line)
+        for place, line in enumerate(curves, start=1)
+        if all(key in line for key in keys)
+    ]
+    if not watched:
+        return None
+    step, best = max(watched, key=lambda one: one[1]["eval_win_rate"])
+    last = watched[-1][1]
+    fell = best["eval_win_rate"] - last["eval_win_rate"]
+    if fell > SURE * error_between(best, last) and last["eval_reward"] > best["eval_reward"]:
+        return step
+    return None
+
+
+def error_between(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """Standard error of the difference of two lines' win rates."""
+    rates = [(line["eval_win_rate"], line["eval_judged"]) for line in (one, other)]
+    return math.sqrt(sum(p * (1 - p) / n for p, n in rates))

@@ -39,6 +39,7 @@ from align.algorithms.ppo.monitor import Monitor
 from align.algorithms.ppo.rollout import Question, rollout, samples_of, sampling
 from align.algorithms.ppo.seeds import derived
 from align.algorithms.ppo.setup import add_policy, add_value, optimizer_of, set_learning_rates
+from align.algorithms.ppo.warned import Warned
 from align.algorithms.settings import Ppo
 from align.artifacts import COUNTS, write_json
 from align.errors import StageError
@@ -123,6 +124,7 @@ def made(online: Online, *, settings: Ppo, out: Path, ranks: Ranks) -> "Trainer"
         calibration=(calibration if settings.calibrate else None) or Calibration(),
         calibrating=settings.calibrate and calibration is None,
         beta=settings.beta,
+        warned=Warned(out),
         learner=Learner(
             roles=roles, settings=settings, optimizer=optimizer, ranks=ranks, seed=online.seed
         ),
@@ -153,9 +155,9 @@ class Trainer:
     beta: float
     learner: Learner
     monitor: Monitor
+    warned: Warned
     iteration: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    warned: set[str] = field(default_factory=set)
     clock: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def begin(self) -> None:
@@ -166,7 +168,7 @@ class Trainer:
         )  # fmt: skip
         if found is not None:
             self.iteration, self.beta = found["iteration"], found["beta"]
-            self.history, self.warned = found["history"], set(found["warned"])
+            self.history = found["history"]
             self.calibration = Calibration(**found["calibration"])
         elif self.calibrating:
             self.calibration = self.calibrate()
@@ -174,6 +176,7 @@ class Trainer:
             for name in (CURVES, SAMPLES, TIMING):
                 if (self.out / name).exists():
                     truncate_lines(self.out / name, found["lines"][name] if found else 0)
+            self.warned.go_on_from(self.iteration)
         self.ranks.wait()
 
     @torch.no_grad()
@@ -204,7 +207,7 @@ class Trainer:
             optimizer = self.learner.optimizer
             rate = set_learning_rates(optimizer, iteration, settings=self.settings)
             learnt = self.learner.learn(experience, estimated, iteration=iteration)
-        # 4. Measures, warnings, the coefficient of the next iteration, and what is kept.
+        # 4. Measures, the coefficient of the next iteration, warnings, and what is kept.
         measured = {
             **measures(
                 experience, estimated.returns, calibration=self.calibration, settings=self.settings
@@ -218,6 +221,7 @@ class Trainer:
         self.beta = self.adapted(measured)
         self.iteration = iteration + 1
         self.watch(measured)
+        self.warn()
         self.keep(measured, samples, experience)
         return f"reward {measured['reward']:.3g}, KL {measured['kl']:.2f}"
 
@@ -267,12 +271,6 @@ class Trainer:
                 f"algorithm.learning_rate (now {self.settings.learning_rate:g}; try "
                 f"{self.settings.learning_rate / 4:g})"
             )
-        best = self.calibration.highest
-        odd = warnings_of(self.history, settings=self.settings, best_reference=best)
-        for name, warning in odd.items():
-            if self.ranks.first and name not in self.warned:
-                notice(f"iteration {iteration + 1}: {warning}")
-            self.warned.add(name)
 
     def adapted(self, measured: dict[str, float]) -> float:
         if self.settings.kl_target is None:
@@ -289,6 +287,13 @@ class Trainer:
         if self.ranks.first and self.monitor.questions and (due or last):
             with self.timed("watch"):
                 measured |= self.monitor.measure()
+
+    def warn(self) -> None:
+        """After the held-out prompts were watched, which tell the most."""
+        best = self.calibration.highest
+        if self.ranks.first:
+            odd = warnings_of(self.history, settings=self.settings, best_reference=best)
+            self.warned.tell(odd, step=self.iteration)
 
     # What is kept.
 
@@ -314,7 +319,6 @@ class Trainer:
                 "iteration": self.iteration,
                 "beta": self.beta,
                 "history": self.history,
-                "warned": sorted(self.warned),
                 "calibration": self.calibration.to_json(),
                 "lines": {n: count_lines(self.out / n) for n in (CURVES, SAMPLES, TIMING)},
             },

@@ -192,6 +192,7 @@ def test_the_files_that_are_left_can_be_used_and_run_no_code(tiny: Model, tmp_pa
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "counts.json",
         "curves.jsonl", "metrics.json", "samples.jsonl", "value/adapter_config.json",
         "value/adapter_model.safetensors", "value/head.safetensors",
+        "warnings.jsonl",
     ]  # fmt: skip
     told = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(told) == 4 * 4 and {"id", "text", "reward", "score", "kl"} <= told[0].keys()
@@ -292,7 +293,9 @@ def test_all_weights_can_be_trained_and_the_model_that_is_left_is_whole(
 ) -> None:
     given = online(tiny, lora=Full(name="full"))
     before = weights_hash(given.base)
-    out = train(tiny, tmp_path, given=given, **{**LEARNING, "learning_rate": 1e-3, "iterations": 30})
+    out = train(
+        tiny, tmp_path, given=given, **{**LEARNING, "learning_rate": 1e-3, "iterations": 30}
+    )
     assert gain(curves(out)) > 0.05 and weights_hash(given.base) == before
     whole = load_adapter(given.base, out / "adapter")
     assert weights_hash(whole) != before
