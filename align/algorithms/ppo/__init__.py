@@ -20,6 +20,6 @@ def train(online: "Online", *, settings: Ppo, out: Path) -> None:
     """Writes out/adapter, out/value, curves.jsonl, samples.jsonl, timing.jsonl and metrics.json;
     goes on from out/checkpoint.pt.
     """
-    from align.algorithms.ppo.trainer import run
+    from align.algorithms.ppo.run import run
 
     run(online, settings=settings, out=out)

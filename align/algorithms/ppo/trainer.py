@@ -16,8 +16,6 @@ from align.algorithms.online import (
     Calibration,
     Online,
     calibrated,
-    open_source,
-    saved_calibration,
     turn,
 )
 from align.algorithms.ppo import state
@@ -36,108 +34,20 @@ from align.algorithms.ppo.learner import Learner
 from align.algorithms.ppo.loss import next_beta
 from align.algorithms.ppo.measures import measures, timing, told
 from align.algorithms.ppo.monitor import Monitor
-from align.algorithms.ppo.rollout import Question, rollout, samples_of, sampling
+from align.algorithms.ppo.rollout import Question, Rollouts, rollout, samples_of, sampling
 from align.algorithms.ppo.seeds import derived
-from align.algorithms.ppo.setup import add_policy, add_value, optimizer_of, set_learning_rates
+from align.algorithms.ppo.setup import set_learning_rates
 from align.algorithms.ppo.warned import Warned
 from align.algorithms.settings import Ppo
 from align.artifacts import COUNTS, write_json
 from align.errors import StageError
 from align.jsonl import JsonlAppender, truncate_lines
 from align.models.roles import Roles
-from align.notice import notice
-from align.process_group import Ranks, open_ranks
-from align.progress import progress_bar
+from align.process_group import Ranks
 from align.rewards.source import Sample, Source
 
 CURVES, SAMPLES, TIMING = "curves.jsonl", "samples.jsonl", "timing.jsonl"
 CALIBRATED_ON = 256  # answers of the starting policy
-
-
-def run(online: Online, *, settings: Ppo, out: Path) -> None:
-    """From the newest checkpoint to the last iteration.
-
-    Raises:
-        ConfigError, StageError: what is asked for cannot work, or the run cannot recover.
-    """
-    if (out / "metrics.json").exists():  # killed between its last line and the manifest
-        (out / state.STATE).unlink(missing_ok=True)
-        return
-    ranks = open_ranks()
-    trainer = made(online, settings=settings, out=out, ranks=ranks)
-    trainer.begin()
-    if ranks.first:
-        announce(trainer)
-    shown = progress_bar("train", settings.iterations, unit="answers", done=trainer.iteration)
-    with shown as advance:
-        for iteration in range(trainer.iteration, settings.iterations):
-            note = trainer.iterate(iteration)
-            advance(1, settings.prompts * settings.samples, note)
-    trainer.close()
-
-
-def announce(trainer: "Trainer") -> None:
-    """One line on what is trained, from what, against what."""
-    settings, online = trainer.settings, trainer.online
-    value = {"trunk": "head on the policy", "adapter": "adapter of its own", "none": "none"}
-    print(
-        f"{len(online.questions)} prompts, {len(online.held_out)} watched; reference: base model, "
-        f"adapter off; reward: {trainer.source.name}, {trainer.calibration.mean:.3g} ± "
-        f"{trainer.calibration.std:.3g} on the reference's answers; value: "
-        f"{value[settings.value]}",
-        flush=True,
-    )
-    if settings.top_p < 1 or settings.top_k > 0:
-        notice(
-            "algorithm.top_p, algorithm.top_k: answers are drawn from a part of the distribution "
-            "and scored under the whole of it, so the ratio is biased by what was left out; type "
-            "algorithm.top_p=1 algorithm.top_k=0"
-        )
-
-
-def made(online: Online, *, settings: Ppo, out: Path, ranks: Ranks) -> "Trainer":
-    """Everything as it is before the first iteration.
-
-    Raises:
-        StageError: an iteration wants more prompts than there are.
-    """
-    if settings.prompts > len(online.questions):
-        raise StageError(
-            f"algorithm.prompts={settings.prompts}: more than the {len(online.questions)} prompts "
-            f"to train on; type algorithm.prompts={max(1, len(online.questions) // 4)}"
-        )
-    roles = Roles(online.base)
-    source = open_source(online, roles, reward=settings.reward)
-    calibration = saved_calibration(online, reward=settings.reward)
-    add_policy(roles, online)
-    add_value(roles, online, settings, calibration)
-    if settings.gradient_checkpointing:
-        roles.recompute()
-    optimizer = optimizer_of(roles, settings)
-    return Trainer(
-        online=online,
-        settings=settings,
-        out=out,
-        ranks=ranks,
-        roles=roles,
-        source=source,
-        calibration=(calibration if settings.calibrate else None) or Calibration(),
-        calibrating=settings.calibrate and calibration is None,
-        beta=settings.beta,
-        warned=Warned(out),
-        learner=Learner(
-            roles=roles, settings=settings, optimizer=optimizer, ranks=ranks, seed=online.seed
-        ),
-        monitor=Monitor(
-            roles=roles,
-            tokenizer=online.tokenizer,
-            questions=online.held_out[: settings.monitor_prompts],
-            source=source,
-            judge=online.monitor,
-            settings=settings,
-            seed=derived(online.seed, "monitor"),
-        ),
-    )
 
 
 @dataclass(kw_only=True)
@@ -172,6 +82,7 @@ class Trainer:
             self.calibration = Calibration(**found["calibration"])
         elif self.calibrating:
             self.calibration = self.calibrate()
+            self.clock.clear()
         if self.ranks.first:
             for name in (CURVES, SAMPLES, TIMING):
                 if (self.out / name).exists():
@@ -179,18 +90,15 @@ class Trainer:
             self.warned.go_on_from(self.iteration)
         self.ranks.wait()
 
-    @torch.no_grad()
     def calibrate(self) -> Calibration:
-        """Every process measures the same, so that nothing has to be sent."""
+        """On the reference's answers to the first prompts, each process its share."""
         count = math.ceil(CALIBRATED_ON / self.settings.samples)
-        few = self.online.questions[:count]
-        with self.roles.role(REFERENCE) as model:
-            drawn = rollout(
-                model, self.online.tokenizer, few, seed=derived(self.online.seed, "calibrate"),
-                settings=sampling(self.settings, n=self.settings.samples),
-            )  # fmt: skip
-        raw = self.source.scores(samples_of(drawn, few, self.online.tokenizer))
-        return calibrated(raw, name=self.source.name)
+        mine, first = self.share(self.online.questions[:count])
+        seed = derived(self.online.seed, "calibrate")
+        drawn = self.drawn(REFERENCE, mine, first, seed=seed)
+        samples = samples_of(drawn, mine, self.online.tokenizer, first_group=first)
+        raw = torch.cat(self.ranks.gathered(self.raw(samples)))
+        return calibrated(raw[~raw.isnan()].tolist(), name=self.source.name)
 
     # One iteration.
 
@@ -232,32 +140,43 @@ class Trainer:
         )
         return [everyone[place] for place in places]
 
+    def share(self, questions: Sequence[Question]) -> tuple[list[Question], int]:
+        """This process's questions, and the place of the first of them."""
+        places = numpy.array_split(numpy.arange(len(questions)), self.ranks.count)[self.ranks.index]
+        return [questions[i] for i in places], int(places[0]) if len(places) else 0
+
+    @torch.no_grad()
+    def drawn(self, role: str, questions: Sequence[Question], first: int, *, seed: int) -> Rollouts:
+        """Answers of a role."""
+        with self.timed("generate"), self.roles.role(role) as model:
+            return rollout(
+                model, self.online.tokenizer, questions, first_group=first, seed=seed,
+                settings=sampling(self.settings, n=self.settings.samples),
+            )  # fmt: skip
+
+    def raw(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """[N], what the source gives; NaN where it gives nothing."""
+        with self.timed("reward"):
+            given = self.source.scores(samples)
+        return torch.tensor([math.nan if value is None else value for value in given])
+
     def experience(
         self, questions: Sequence[Question], iteration: int
     ) -> tuple[Experience, list[Sample]]:
         """This process's share of the answers, scored."""
-        share = numpy.array_split(numpy.arange(len(questions)), self.ranks.count)[self.ranks.index]
-        mine, first = [questions[i] for i in share], int(share[0]) if len(share) else 0
-        with self.timed("generate"), torch.no_grad(), self.roles.role(POLICY) as model:
-            drawn = rollout(
-                model, self.online.tokenizer, mine, first_group=first,
-                settings=sampling(self.settings, n=self.settings.samples),
-                seed=derived(self.online.seed, "rollout", iteration),
-            )  # fmt: skip
+        mine, first = self.share(questions)
+        seed = derived(self.online.seed, "rollout", iteration)
+        drawn = self.drawn(POLICY, mine, first, seed=seed)
         samples = samples_of(drawn, mine, self.online.tokenizer, first_group=first)
-        with self.timed("reward"):
-            given = self.source.scores(samples)
-        raw = torch.tensor([math.nan if value is None else value for value in given])
-        taught = ~raw.isnan()
+        raw, calibration = self.raw(samples), self.calibration
         scores = final_scores(
-            raw.nan_to_num(self.calibration.mean), drawn.ended,
-            mean=self.calibration.mean, std=self.calibration.std, settings=self.settings,
+            raw.nan_to_num(calibration.mean), drawn.ended,
+            mean=calibration.mean, std=calibration.std, settings=self.settings,
         )  # fmt: skip
         with self.timed("score"):
             seen = passes(self.roles, drawn, settings=self.settings)
-        return Experience(
-            rollouts=drawn, passes=seen, scores=scores, raw=raw, taught=taught
-        ), samples
+        found = Experience(rollouts=drawn, passes=seen, scores=scores, raw=raw, taught=~raw.isnan())
+        return found, samples
 
     def check(self, measured: dict[str, float], iteration: int) -> None:
         """

@@ -23,8 +23,9 @@ from align.algorithms.ppo.experience import (
 )
 from align.algorithms.ppo.measures import measures
 from align.algorithms.ppo.rollout import Rollouts, mask_of, rollout, samples_of, sampling
+from align.algorithms.ppo.run import made
 from align.algorithms.ppo.seeds import derived
-from align.algorithms.ppo.trainer import Trainer, made
+from align.algorithms.ppo.trainer import Trainer
 from align.artifacts import write_json
 from align.errors import StageError
 from align.models.logprobs import Row, token_logprobs
@@ -307,7 +308,7 @@ def test_an_answer_that_is_empty_is_scored_and_learnt_from(tiny: Model, tmp_path
 def test_a_part_of_the_distribution_is_warned_of(
     tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from align.algorithms.ppo.trainer import announce
+    from align.algorithms.ppo.run import announce
 
     announce(trainer(tiny, tmp_path, top_p=0.9))
     assert "the ratio is biased" in capsys.readouterr().err

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from align.algorithms.ppo import state
 from align.algorithms.ppo.experience import POLICY, REFERENCE, VALUE
-from align.algorithms.ppo.trainer import Trainer, made
+from align.algorithms.ppo.run import made
+from align.algorithms.ppo.trainer import Trainer
 from align.errors import ConfigError, StageError
 from align.launch import free_port
 from align.models.adapters import load_adapter, without_adapter
