@@ -81,6 +81,10 @@ def is_online(config: Config) -> bool:
     return wanted and needs_of(config.algorithm).reward
 
 
+def rewarded_by_judge(config: Config) -> bool:
+    return is_online(config) and kind_of(getattr(config.algorithm, "reward", ROLE)) == JUDGE
+
+
 def needed(config: Config) -> list[str]:
     """The stages without those that an online training with rewards from elsewhere has no use
     for.
@@ -253,7 +257,7 @@ def online(config: Config, *, made: Sequence[str]) -> list[Step]:
     if asks not in made:
         read = ReadStage(source=config.data, test=False, limit=config.data.limit)
         steps.append(Step(name=asks, stage="read", settings=read))
-    by_judge = kind_of(getattr(config.algorithm, "reward", ROLE)) == JUDGE
+    by_judge = rewarded_by_judge(config)
     if by_judge and config.judge is None:
         raise ConfigError("algorithm.reward=judge: judge=none gives no rewards; type judge=NAME")
     if not isinstance(config.adapter, Lora) and config.model.quantization != "none":
@@ -288,9 +292,9 @@ def evaluation(config: Config, steps: Sequence[Step], *, yaml: str, command: str
         precision_samples=config.evaluate.precision_samples,
         seed=config.seed,
     )
-    # An evaluation judge that is the labeller's own must be told from an independent one, so its
-    # name goes along.
-    label_judge = (called(config.judge) or "") if "label" in config.stages else ""
+    # An evaluation judge that also labelled or gave the rewards is not an independent one.
+    taught = "label" in config.stages or rewarded_by_judge(config)
+    label_judge = (called(config.judge) or "") if taught else ""
     made = [step.name for step in steps]
     everything = [*made, "test_prompts", "before", "after", "evaluate"]
     return [

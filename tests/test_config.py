@@ -285,6 +285,15 @@ def test_the_reward_model_has_tuned_values_of_its_own_and_shapes_no_step_of_dpo(
             assert step == steps[step.name], "reward models and policies share what they can"
 
 
+def test_the_report_knows_the_judge_that_gives_the_rewards():
+    def named(*words):
+        steps = plan(read_config(composed("recipe=ppo", *words)), yaml="", command="")
+        return steps[-1].settings.label_judge
+
+    assert named("algorithm.reward=judge") == named() == "rubric"
+    assert named("algorithm.reward=my.module:function") == "", "no judge taught anything"
+
+
 def test_another_model_in_the_starters_place_is_warned_of(tmp_path):
     answer = run("recipe=dpo", "model.name=no/such", f"workspace={tmp_path}", HF_HUB_OFFLINE="1")
     warning, error = said(answer)

@@ -148,7 +148,9 @@ def results(evidence: Evidence) -> str:
         else f"Judge: {inline(evidence.judge)}."
     )
     if evidence.same_judge:
-        judged += " It labelled the training data too, so this is no independent measurement."
+        gave = evidence.online and not evidence.counts.get("preferences")
+        did = "gave the rewards" if gave else "labelled the training data"
+        judged += f" It {did} too, so this is no independent measurement."
     return f"| | | 95% interval |\n|---|---:|---|\n{body}\n\n{judged} A tie counts as half a win."
 
 

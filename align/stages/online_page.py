@@ -27,7 +27,7 @@ MOST_ITERATIONS = 4  # whose answers are shown
 PHASES = {
     "generate_s": ("Sampling answers", "answer_tokens"),
     "reward_s": ("Asking for rewards", "answer_tokens"),
-    "score_s": ("Scoring by policy, reference and value", "tokens"),
+    "score_s": ("Log-probabilities and values", "tokens"),
     "learn_s": ("Learning", "tokens"),
     "watch_s": ("Watching held-out prompts", None),
 }

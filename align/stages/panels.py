@@ -118,7 +118,7 @@ def panel(shown: Shown, evidence: Evidence) -> Panel | None:
         percent=shown.percent, kept=evidence.metrics.get("train/best_step"), limits=band,
     )  # fmt: skip
     classes = ("after", "worse") if shown.labels == SIDES else ("before", "after")
-    within = f"; asked to stay within {band[0]:g} and {band[1]:g}" if len(band) == 2 else ""
+    within = f"; asked to stay between {band[0]:g} and {band[1]:g}" if len(band) == 2 else ""
     return Panel(
         title=shown.title,
         told=shown.told + within,

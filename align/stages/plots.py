@@ -189,7 +189,9 @@ def curves(
         ax.axhline(limit, color=MUTED, linewidth=0.9, dashes=(2, 2))
         low, high = min(low, limit), max(high, limit)
     if percent:
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        high = max(high, low + 0.01)  # what moves less, hardly moves
+        decimals = 0 if high - low > 0.1 else 1
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=decimals))
         low, high = max(low, -0.02), min(high, 1.02)
     ax.set_ylim(low, high)
     if kept is not None:

@@ -62,7 +62,7 @@ def accuracy(metrics: Mapping[str, float]) -> Interval:
 def sentence(metrics: Mapping[str, float]) -> str:
     """The finding in plain words."""
     found = accuracy(metrics)
-    told = f"{percent(found.mean)} ({bounds(found)}) of {metrics['reward/held_out_pairs']:,}"
+    told = f"{percent(found.mean)} ({bounds(found)}) of {metrics['reward/held_out_pairs']:,.0f}"
     if found.low <= 0.5:
         return (
             f"The reward model cannot be told from chance: it ranks {told} held-out pairs as the "
