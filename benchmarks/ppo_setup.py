@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import dataclasses
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Parameter
     from transformers import LlamaConfig, PreTrainedModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -58,6 +63,21 @@ SHAPES = {
         response=10,
     ),
 }  # fmt: skip
+
+
+def add_shape(parser: argparse.ArgumentParser, told: str = "8B-like") -> None:
+    """`--shape`, and an option for each of its sizes."""
+    parser.add_argument("--shape", choices=SHAPES, help=told)
+    for field in dataclasses.fields(Shape):
+        kind = {"action": "store_true"} if field.type == "bool" else {"type": int}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=None, **kind)
+
+
+def shape_of(given: argparse.Namespace, *, default: str = "8B-like") -> Shape:
+    """The shape that was typed, with the sizes that were."""
+    changes = {field.name: getattr(given, field.name) for field in dataclasses.fields(Shape)}
+    base = SHAPES[given.shape or default]
+    return dataclasses.replace(base, **{k: v for k, v in changes.items() if v is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,3 +199,37 @@ def reward_model(shape: Shape, *, seed: int, dtype: str = "float32") -> PreTrain
     settings.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(settings)
     return model.to(getattr(torch, dtype)).eval()
+
+
+# What both arms count.
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM). `ru_maxrss` would count
+    what its parent held when it was forked.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """From here on VmHWM is the most that training holds, whatever reading the models took."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextmanager
+def saving(weights: Iterable[Parameter]) -> Iterator[dict[int, int]]:
+    """Within, bytes by storage, weights left out, that autograd saves for the backward pass."""
+    import torch
+
+    kept = {p.untyped_storage().data_ptr() for p in weights}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in kept:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages

@@ -62,7 +62,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import ppo_setup
-from benchmarks.ppo_setup import EOS, LORA_TARGETS, SHAPES, Rollouts, Shape
+from benchmarks.ppo_setup import EOS, LORA_TARGETS, Rollouts, resident
 from benchmarks.ppo_trl_clock import Clock
 from benchmarks.ppo_trl_dump import Dump
 
@@ -115,10 +115,7 @@ def parsed() -> argparse.Namespace:
         description=str(__doc__).partition("\n\nWhat")[0],
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--shape", choices=SHAPES, help="8B-like; smoke with --dump")
-    for field in dataclasses.fields(Shape):
-        kind = {"action": "store_true"} if field.type == "bool" else {"type": int}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=None, **kind)
+    ppo_setup.add_shape(parser, "8B-like; smoke with --dump")
     parser.add_argument("--iterations", type=int, default=6, help="the first is dropped")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minibatches", type=int, default=1)
@@ -130,6 +127,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dump", type=Path, help="a safetensors file of one batch; no timing")
+    parser.add_argument("--even", action="store_true", help="dump answers that fill all places")
     parser.add_argument("--overlay", type=Path, default=OVERLAY, help="where TRL is installed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return checked(parser, parser.parse_args())
@@ -137,10 +135,9 @@ def parsed() -> argparse.Namespace:
 
 def checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
     if given.dump:
-        given.iterations, given.ragged = 1, True
-    base = SHAPES[given.shape or ("smoke" if given.dump else "8B-like")]
-    changes = {field.name: getattr(given, field.name) for field in dataclasses.fields(Shape)}
-    given.sizes = dataclasses.replace(base, **{k: v for k, v in changes.items() if v is not None})
+        given.iterations, given.ragged = 1, not given.even
+    default = "smoke" if given.dump else "8B-like"
+    given.sizes = ppo_setup.shape_of(given, default=default)
     given.micro = given.micro or given.sizes.rows
     if given.sizes.rows % given.micro:
         parser.error(
@@ -170,6 +167,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = made(given, ours, folder)
         loaded = resident("VmRSS")
+        ppo_setup.forget_peak()
         if not given.sample:
             give_rollouts(ours, trainer)
         watch = Clock(trainer) if given.dump is None else Dump(trainer)
@@ -278,14 +276,6 @@ def weights(trainer: Any) -> dict[str, int]:
         "value": size(trainer.value_model.parameters()),
         "optimizer": size(t for s in states for t in s.values() if torch.is_tensor(t)),
     }
-
-
-def resident(field: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM). `ru_maxrss` would count
-    what its parent held when it was forked.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 if __name__ == "__main__":

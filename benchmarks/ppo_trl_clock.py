@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from benchmarks.ppo_setup import saving
+
 PHASES = ("generation", "rollout", "optimisation", "rest")
 
 
@@ -119,18 +121,6 @@ class Clock:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Counts the storages, other than weights, that autograd saves meanwhile."""
-        import torch
-
-        weights = {p.untyped_storage().data_ptr() for p in self.trainer.model.parameters()}
-        storages: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saving(self.trainer.model.parameters()) as storages:
             yield
         self.saved = max(self.saved, sum(storages.values()))

@@ -24,17 +24,19 @@ class Row:
         return (self.what, self.measured, self.mark, met)
 
 
-def machine() -> str:
-    """Date, hardware and versions in one line."""
+def machine(versions: str | None = None) -> str:
+    """Date, hardware and versions in one line; by default those that matter to the judge."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     model = models[0] if models else platform.processor()
-    import openai
+    if versions is None:
+        import openai
 
+        versions = f"openai {openai.__version__}, server on the same cores"
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} × {model}, Python "
-        f"{platform.python_version()}, openai {openai.__version__}, server on the same cores"
+        f"{platform.python_version()}, {versions}"
     )
 
 
