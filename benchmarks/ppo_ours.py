@@ -221,7 +221,7 @@ def give_rollouts(ours: ppo_setup.Rollouts, *, samples: int, temperature: float)
 def measured(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from align.algorithms.ppo.trainer import made
+    from align.algorithms.ppo.run import made
     from align.process_group import Ranks
 
     torch.set_num_threads(given.threads)

@@ -26,7 +26,7 @@ class Settings(Ppo):
 
 
 def train(online: "Online", *, settings: Settings, out: Path) -> None:
-    from align.algorithms.ppo.trainer import made
+    from align.algorithms.ppo.run import made
     from align.process_group import open_ranks
 
     trainer = made(online, settings=settings, out=out, ranks=open_ranks())
