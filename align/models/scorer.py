@@ -18,7 +18,7 @@ from align.models.classifier import (
     scores,
 )
 from align.models.load import load_config, load_tokenizer, room
-from align.models.logprobs import default_budget, token_budget_batches, unwrapped
+from align.models.logprobs import Row, default_budget, token_budget_batches, unwrapped
 from align.models.settings import Model
 from align.records import Message
 
@@ -65,12 +65,12 @@ class Scorer:
     @torch.no_grad()
     def row_scores(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Row],
         *,
         budget: int | None = None,
         advance: Callable[[int, int], None] = lambda rows, tokens: None,
     ) -> list[float]:
-        """The same of rows of token ids."""
+        """The same of token ids."""
         lengths = [len(row) for row in rows]
         found = [0.0] * len(rows)
         for batch in token_budget_batches(
@@ -85,21 +85,22 @@ class Scorer:
         """(raw - mean) / std: about 0 for a usual answer, 1 for one a deviation better."""
         return (raw - self.mean) / self.std
 
-    def encoded(self, messages: Sequence[Message], answer: str) -> list[int]:
-        """Token ids of the whole conversation."""
+    def encoded(self, messages: Sequence[Message], answer: str) -> Row:
+        """Token ids of prompt and answer; what a template writes as a whole is all prompt."""
         if self.whole:
             told = (*messages, Message(role="assistant", content=answer))
             ids = render(self.tokenizer, told, answered=True)
             if len(ids) <= self.max_length:
-                return ids
+                return Row(prompt=ids, completion=[])
         found = encode_answers(self.tokenizer, messages, [answer], max_length=self.max_length)
-        return [*found.prompt.ids, *found.answers[0]]
+        return Row(prompt=found.prompt.ids, completion=found.answers[0])
 
-    def read(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Scores of rows of token ids, [B]."""
+    def read(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Scores of rows, [B]."""
         width, device = max(map(len, rows)), self.model.device
         pad = unwrapped(self.model).config.get_text_config().pad_token_id
-        ids = torch.tensor([[*row, *([pad] * (width - len(row)))] for row in rows], device=device)
+        whole = [[*row.prompt, *row.completion, *([pad] * (width - len(row)))] for row in rows]
+        ids = torch.tensor(whole, device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         if self.own_pooling:
             mask = torch.arange(width, device=device) < lengths[:, None]

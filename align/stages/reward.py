@@ -18,6 +18,7 @@ from align.errors import keyed
 from align.jsonl import IndexedRecords, dump_line
 from align.models.classifier import is_encoder, load_classifier, load_weights, score_adapter
 from align.models.load import load_tokenizer
+from align.models.logprobs import Row
 from align.models.scorer import REWARD, Scorer
 from align.named import named_module
 from align.progress import progress_bar
@@ -98,18 +99,21 @@ def conclude(
     write_atomic(out / "report.html", page(out, base=Path(settings.model.name).name))
 
 
-def read(scorer: Scorer, rows: Sequence[Sequence[int]], *, title: str) -> list[float]:
-    """The raw score of each row of token ids, in their order."""
+def read(scorer: Scorer, rows: Sequence[Row], *, title: str) -> list[float]:
+    """The raw score of each row, in their order."""
     with progress_bar(title, len(rows), unit="tokens") as advance:
         return scorer.row_scores(rows, advance=advance)
 
 
-def both_rows(pairs: PairRows, indices: Sequence[int]) -> list[list[int]]:
+def both_rows(pairs: PairRows, indices: Sequence[int]) -> list[Row]:
     """Chosen and rejected of each pair in turn, with their prompt."""
-    found = []
+    found: list[Row] = []
     for i in indices:
         pair = pairs[i]
-        found += [[*pair["prompt_ids"], *pair[f"{side}_ids"]] for side in ("chosen", "rejected")]
+        found += [
+            Row(prompt=pair["prompt_ids"], completion=pair[f"{side}_ids"])
+            for side in ("chosen", "rejected")
+        ]
     return found
 
 
