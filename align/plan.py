@@ -72,6 +72,8 @@ def plan(config: Config, *, yaml: str, command: str) -> list[Step]:
 
 def needs_of(algorithm: Any) -> Needs:
     needs: Needs = named_module("align.algorithms", algorithm.name, algorithm.module).NEEDS
+    if isinstance(algorithm, Reward) and algorithm.implicit:
+        return replace(needs, reference=True)
     return needs
 
 

@@ -107,7 +107,7 @@ def open_source(online: Online, roles: Roles, *, reward: str) -> Source:
                 "algorithm.reward=FOLDER"
             )
         roles.load("reward", online.reward_model)
-        return RoleReward(roles)
+        return RoleReward(roles, beta=told_of(online.reward_model).get("beta"))
     if kind == JUDGE:
         if online.judge is None:
             raise ConfigError("algorithm.reward=judge: judge=none; type judge=NAME")
@@ -123,15 +123,25 @@ def saved_calibration(online: Online, *, reward: str) -> Calibration | None:
     """What the reward stage found on the reference's answers and saved with the reward model."""
     if kind_of(reward) != ROLE or online.reward_model is None:
         return None
-    path = online.reward_model / "reward.json"
+    found = told_of(online.reward_model)
+    return Calibration(
+        mean=found["mean"],
+        std=found["std"],
+        lowest=found.get("lowest"),
+        highest=found.get("highest"),
+    )
+
+
+def told_of(folder: Path) -> dict[str, Any]:
+    """What a reward model says of its scores.
+
+    Raises:
+        StageError: it says nothing.
+    """
+    path = folder / "reward.json"
     try:
         found = read_json(path)
-        return Calibration(
-            mean=float(found["mean"]),
-            std=float(found["std"]),
-            lowest=found.get("lowest"),
-            highest=found.get("highest"),
-        )
+        return {**found, "mean": float(found["mean"]), "std": float(found["std"])}
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise StageError(
             f"{path}: no calibration of the reward model ({error}); remove its artifact and run "

@@ -15,6 +15,8 @@ from align.errors import StageError
 from align.records import Preference
 
 if TYPE_CHECKING:
+    import torch
+
     from align.algorithms.pairs import PairData
     from align.algorithms.preference_trainer import Batch, Objective, Policy, Values
 
@@ -23,8 +25,9 @@ NAMES = ("loss", "accuracy", "reward_margin", "chosen_reward", "rejected_reward"
 
 
 def train(policy: "Policy", data: "PairData", *, settings: Reward, out: Path) -> None:
-    """Writes out/adapter (with the head in it), out/curves.jsonl and out/metrics.json; goes on from
-    out/checkpoints. `policy.model` is a classifier with an adapter.
+    """Writes out/adapter (with the head in it, if there is one), out/curves.jsonl and
+    out/metrics.json; goes on from out/checkpoints. `policy.model` has an adapter: it is a
+    classifier, or for an implicit score a language model.
     """
     from align.algorithms.fit import minimise
 
@@ -56,14 +59,16 @@ def objective(settings: Reward, *, seed: int) -> "Objective":
 
 
 def measure(model: Any, batch: "Batch", *, settings: Reward) -> "Values":
-    """What is known of each pair, [B] each."""
+    """What is known of each pair, [B] each.
+
+    With implicit scores and neither margin nor centring this is DPO's loss (Rafailov et al. 2023,
+    arXiv:2305.18290, eq. 7).
+    """
     from align.algorithms.dpo_loss import hard_labels, soft_label
     from align.algorithms.preference_trainer import ranked_right
     from align.algorithms.reward_loss import bradley_terry
-    from align.models.classifier import scores
 
-    found = scores(model, input_ids=batch["input_ids"], lengths=batch["lengths"])
-    chosen, rejected = found.chunk(2)
+    chosen, rejected = scored(model, batch, settings=settings).chunk(2)
     p = batch["p"] if settings.soft_labels else hard_labels(batch["p"])
     loss = bradley_terry(
         chosen,
@@ -80,6 +85,23 @@ def measure(model: Any, batch: "Batch", *, settings: Reward) -> "Values":
         "chosen_reward": chosen,
         "rejected_reward": rejected,
     }
+
+
+def scored(model: Any, batch: "Batch", *, settings: Reward) -> "torch.Tensor":
+    """Scores of chosen and then of rejected answers, [2B]."""
+    import torch
+
+    from align.models.classifier import scores
+    from align.models.implicit import implicit_reward
+    from align.models.logprobs import sequence_logprobs
+
+    if not settings.implicit:
+        return scores(model, input_ids=batch["input_ids"], lengths=batch["lengths"])
+    found = sequence_logprobs(
+        model, input_ids=batch["input_ids"], response_mask=batch["response_mask"]
+    )
+    reference = torch.cat([batch["reference_chosen"], batch["reference_rejected"]])
+    return implicit_reward(found, reference, beta=settings.beta)
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:

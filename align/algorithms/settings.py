@@ -9,6 +9,7 @@ from align.rewards.settings import JUDGE, kind_of
 
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "paged_adamw_8bit")
+SCORES = ("head", "implicit")
 DPO_LOSSES = ("sigmoid", "ipo", "hinge")
 VALUES = ("trunk", "adapter", "none")
 TRUNCATED = ("penalty", "score", "bootstrap")
@@ -95,6 +96,8 @@ class Dpo(PreferenceTraining):
 class Reward(PairTraining):
     """A reward model: a score for an answer, from pairs of them."""
 
+    score: str
+    beta: float
     label_smoothing: float
     soft_labels: bool
     margin: float
@@ -102,9 +105,16 @@ class Reward(PairTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("algorithm.score", self.score, SCORES)
+        check_range("algorithm.beta", self.beta, low=0, above=True)
         check_range("algorithm.label_smoothing", self.label_smoothing, low=0, high=0.49)
         check_range("algorithm.margin", self.margin, low=0)
         check_range("algorithm.centre", self.centre, low=0)
+
+    @property
+    def implicit(self) -> bool:
+        """Whether the score is a log-probability's, against the base's."""
+        return self.score == "implicit"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,15 @@ from align.models.classifier import (
     own_scores,
     scores,
 )
+from align.models.implicit import implicit_scores, load_implicit
 from align.models.load import load_config, load_tokenizer, room
-from align.models.logprobs import default_budget, token_budget_batches, unwrapped
+from align.models.logprobs import (
+    Row,
+    collate,
+    default_budget,
+    token_budget_batches,
+    unwrapped,
+)
 from align.models.settings import Model
 from align.records import Message
 
@@ -36,6 +43,8 @@ class Scorer:
         whole: it reads all that its template writes. Ours read up to the end of turn, as they were
             trained.
         own_pooling: transformers' classifier finds the token at which the score is read.
+        beta: of an implicit reward, which `model`, an adapter on a language model, gives; None: a
+            classifier's head gives the score.
     """
 
     model: Any
@@ -45,6 +54,7 @@ class Scorer:
     std: float = 1.0
     whole: bool = False
     own_pooling: bool = False
+    beta: float | None = None
 
     def scores(
         self,
@@ -65,12 +75,12 @@ class Scorer:
     @torch.no_grad()
     def row_scores(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Row],
         *,
         budget: int | None = None,
         advance: Callable[[int, int], None] = lambda rows, tokens: None,
     ) -> list[float]:
-        """The same of rows of token ids."""
+        """The same of token ids."""
         lengths = [len(row) for row in rows]
         found = [0.0] * len(rows)
         for batch in token_budget_batches(
@@ -85,21 +95,25 @@ class Scorer:
         """(raw - mean) / std: about 0 for a usual answer, 1 for one a deviation better."""
         return (raw - self.mean) / self.std
 
-    def encoded(self, messages: Sequence[Message], answer: str) -> list[int]:
-        """Token ids of the whole conversation."""
+    def encoded(self, messages: Sequence[Message], answer: str) -> Row:
+        """Token ids of prompt and answer; what a template writes as a whole is all prompt."""
         if self.whole:
             told = (*messages, Message(role="assistant", content=answer))
             ids = render(self.tokenizer, told, answered=True)
             if len(ids) <= self.max_length:
-                return ids
+                return Row(prompt=ids, completion=[])
         found = encode_answers(self.tokenizer, messages, [answer], max_length=self.max_length)
-        return [*found.prompt.ids, *found.answers[0]]
+        return Row(prompt=found.prompt.ids, completion=found.answers[0])
 
-    def read(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Scores of rows of token ids, [B]."""
+    def read(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Scores of rows, [B]."""
+        if self.beta is not None:
+            packed = collate(rows, device=self.model.device)
+            return implicit_scores(self.model, packed, beta=self.beta)
         width, device = max(map(len, rows)), self.model.device
         pad = unwrapped(self.model).config.get_text_config().pad_token_id
-        ids = torch.tensor([[*row, *([pad] * (width - len(row)))] for row in rows], device=device)
+        whole = [[*row.prompt, *row.completion, *([pad] * (width - len(row)))] for row in rows]
+        ids = torch.tensor(whole, device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         if self.own_pooling:
             mask = torch.arange(width, device=device) < lengths[:, None]
@@ -161,8 +175,10 @@ def open_adapter(folder: Path, *, base: Model | None) -> Scorer:
             "judge.model.name=NAME"
         )
     settings = base or Model(**told["base"])
-    model = load_reward_model(settings, folder)
-    tokenizer = load_tokenizer(settings, encoder=is_encoder(model))
+    beta = told.get("beta")
+    load = load_reward_model if beta is None else load_implicit
+    model = load(settings, folder)
+    tokenizer = load_tokenizer(settings, encoder=beta is None and is_encoder(model))
     length = min(told.get("max_length") or room(model, tokenizer), room(model, tokenizer))
     return Scorer(
         model=model,
@@ -170,4 +186,5 @@ def open_adapter(folder: Path, *, base: Model | None) -> Scorer:
         max_length=length,
         mean=told.get("mean", 0.0),
         std=told.get("std", 1.0),
+        beta=beta,
     )

@@ -4,30 +4,63 @@ from collections.abc import Sequence
 
 import torch
 
-from align.models.logprobs import Row, collate, default_budget, last_hidden, token_budget_batches
+from align.models.implicit import implicit_reward
+from align.models.logprobs import (
+    Batch,
+    Row,
+    collate,
+    default_budget,
+    last_hidden,
+    sequence_logprobs,
+    token_budget_batches,
+)
 from align.models.roles import Roles
 from align.rewards.source import Sample
 
 
 class RoleReward:
-    """The score of the last token of prompt and answer: by length, so the end of turn counts
-    whatever padding is.
+    """With a head, its score of the last token of prompt and answer: by length, so the end of turn
+    counts whatever padding is. Without one, the implicit reward against the bare base.
     """
 
-    def __init__(self, roles: Roles, *, role: str = "reward") -> None:
-        self.roles, self.role, self.name = roles, role, role
+    def __init__(self, roles: Roles, *, role: str = "reward", beta: float | None = None) -> None:
+        """`beta`: of an implicit reward; None: the role has a head."""
+        self.roles, self.role, self.name, self.beta = roles, role, role, beta
+        self.bare = f"{role}_base"
+        if beta is not None:
+            roles.bind(self.bare)
 
     @torch.no_grad()
     def scores(self, samples: Sequence[Sample]) -> list[float | None]:
         rows = [Row(prompt=s.prompt_ids, completion=s.completion_ids) for s in samples]
         lengths = [len(row) for row in rows]
         found: list[float | None] = [None] * len(rows)
-        head = self.roles.head(self.role)
-        with self.roles.role(self.role) as model:
-            for batch in token_budget_batches(lengths, budget=default_budget(model.device)):
-                ids = collate([rows[i] for i in batch], device=model.device).input_ids
-                ends = torch.tensor([lengths[i] - 1 for i in batch], device=ids.device)
-                hidden = last_hidden(model, ids)[torch.arange(len(batch), device=ids.device), ends]
-                for i, score in zip(batch, head(hidden).tolist(), strict=True):
-                    found[i] = score
+        device = self.roles.model.device
+        for batch in token_budget_batches(lengths, budget=default_budget(device)):
+            mine = [rows[i] for i in batch]
+            packed = collate(mine, device=device)
+            read = self.at_the_end(packed, mine) if self.beta is None else self.implicit(packed)
+            for i, score in zip(batch, read.tolist(), strict=True):
+                found[i] = score
         return found
+
+    def at_the_end(self, batch: Batch, rows: Sequence[Row]) -> torch.Tensor:
+        """What the head says of each row's last token, [B]."""
+        ids = batch.input_ids
+        ends = torch.tensor([len(row) - 1 for row in rows], device=ids.device)
+        with self.roles.role(self.role) as model:
+            hidden = last_hidden(model, ids)[torch.arange(len(rows), device=ids.device), ends]
+        found: torch.Tensor = self.roles.head(self.role)(hidden)
+        return found
+
+    def implicit(self, batch: Batch) -> torch.Tensor:
+        """How much more probable than the base the role makes each answer, times beta, [B]."""
+        assert self.beta is not None
+        policy, reference = (self.logprobs(role, batch) for role in (self.role, self.bare))
+        return implicit_reward(policy, reference, beta=self.beta)
+
+    def logprobs(self, role: str, batch: Batch) -> torch.Tensor:
+        with self.roles.role(role) as model:
+            return sequence_logprobs(
+                model, input_ids=batch.input_ids, response_mask=batch.response_mask
+            )

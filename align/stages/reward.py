@@ -13,11 +13,14 @@ import numpy as np
 from align import ranking
 from align.algorithms.pairs import PairData, PairRows
 from align.algorithms.preference_trainer import Policy
+from align.algorithms.settings import Reward
 from align.artifacts import COUNTS, read_json, write_atomic, write_json
 from align.errors import keyed
 from align.jsonl import IndexedRecords, dump_line
+from align.models.adapters import add_lora
 from align.models.classifier import is_encoder, load_classifier, load_weights, score_adapter
-from align.models.load import load_tokenizer
+from align.models.load import load_model, load_tokenizer
+from align.models.logprobs import Row
 from align.models.scorer import REWARD, Scorer
 from align.named import named_module
 from align.progress import progress_bar
@@ -52,7 +55,7 @@ class Judged:
 
 
 def run(settings: RewardStage, inputs: dict[str, Path], out: Path) -> None:
-    """Writes adapter/ (plain PEFT with the head in it, and reward.json), curves.jsonl,
+    """Writes adapter/ (plain PEFT, a head in it if there is one, and reward.json), curves.jsonl,
     held_out.jsonl, metrics.json, counts.json, report.html and verdict.txt.
 
     Goes on from checkpoints/. Runs the same in one process or as one of several of
@@ -62,8 +65,7 @@ def run(settings: RewardStage, inputs: dict[str, Path], out: Path) -> None:
     algorithm = named_module("align.algorithms", name, module)
     with keyed("reward", own="algorithm"), keyed("reward_adapter", own="adapter"):
         data = split(inputs["reference"], share=settings.algorithm.held_out, seed=settings.seed)
-        base = load_classifier(settings.model, seed=settings.seed)
-        model = score_adapter(base, settings=settings.adapter, seed=settings.seed)
+        model = fresh(settings)
         policy = Policy(model=model, tokenizer=None, reference=None)
         algorithm.train(policy, data, settings=settings.algorithm, out=out)
     if os.environ.get("RANK", "0") == "0":
@@ -72,20 +74,37 @@ def run(settings: RewardStage, inputs: dict[str, Path], out: Path) -> None:
         conclude(settings, inputs, model, data, out)
 
 
+def fresh(settings: RewardStage) -> Any:
+    """The base with what is trained on it: an adapter, and a head unless the score is implicit."""
+    adapter: dict[str, Any] = {"settings": settings.adapter, "seed": settings.seed}
+    if beta(settings) is not None:
+        return add_lora(load_model(settings.model), **adapter)
+    return score_adapter(load_classifier(settings.model, seed=settings.seed), **adapter)
+
+
+def beta(settings: RewardStage) -> float | None:
+    """Of an implicit reward; None where a head gives the score."""
+    algorithm = settings.algorithm
+    return algorithm.beta if isinstance(algorithm, Reward) and algorithm.implicit else None
+
+
 def conclude(
     settings: RewardStage, inputs: dict[str, Path], model: Any, data: PairData, out: Path
 ) -> None:
     """Measures, calibrates and reports; nothing that was trained changes."""
     most = read_json(inputs["reference"] / COUNTS)["max_length"]
-    tokenizer = load_tokenizer(settings.model, encoder=is_encoder(model))
-    scorer = Scorer(model=model, tokenizer=tokenizer, max_length=most)
+    scale = beta(settings)
+    tokenizer = load_tokenizer(settings.model, encoder=scale is None and is_encoder(model))
+    scorer = Scorer(model=model, tokenizer=tokenizer, max_length=most, beta=scale)
     found = judged(scorer, data.held_out)
     write_atomic(
         out / "held_out.jsonl", b"".join(dump_line(asdict(pair)) for pair in found).decode()
     )
     told = calibrated(scorer, inputs, data)
-    base = {"base": asdict(settings.model), "max_length": most}
-    write_json(out / "adapter" / REWARD, {**told, **base})
+    read_with = {"base": asdict(settings.model), "max_length": most}
+    if scale is not None:
+        read_with["beta"] = scale
+    write_json(out / "adapter" / REWARD, {**told, **read_with})
     metrics = {
         **read_json(out / "metrics.json"),
         **measures(found, seed=settings.seed),
@@ -98,18 +117,21 @@ def conclude(
     write_atomic(out / "report.html", page(out, base=Path(settings.model.name).name))
 
 
-def read(scorer: Scorer, rows: Sequence[Sequence[int]], *, title: str) -> list[float]:
-    """The raw score of each row of token ids, in their order."""
+def read(scorer: Scorer, rows: Sequence[Row], *, title: str) -> list[float]:
+    """The raw score of each row, in their order."""
     with progress_bar(title, len(rows), unit="tokens") as advance:
         return scorer.row_scores(rows, advance=advance)
 
 
-def both_rows(pairs: PairRows, indices: Sequence[int]) -> list[list[int]]:
+def both_rows(pairs: PairRows, indices: Sequence[int]) -> list[Row]:
     """Chosen and rejected of each pair in turn, with their prompt."""
-    found = []
+    found: list[Row] = []
     for i in indices:
         pair = pairs[i]
-        found += [[*pair["prompt_ids"], *pair[f"{side}_ids"]] for side in ("chosen", "rejected")]
+        found += [
+            Row(prompt=pair["prompt_ids"], completion=pair[f"{side}_ids"])
+            for side in ("chosen", "rejected")
+        ]
     return found
 
 

@@ -13,10 +13,14 @@ from safetensors.torch import load_file
 
 from align.algorithms import fit as fitting
 from align.algorithms import reward
+from align.algorithms.dpo_loss import sigmoid_loss
+from align.algorithms.pairs import collate_pairs
+from align.algorithms.policy_objective import pair_logprobs
 from align.algorithms.preference_trainer import Policy
 from align.algorithms.reward_loss import bradley_terry
 from align.algorithms.settings import Reward
 from align.errors import StageError
+from align.models.adapters import add_lora
 from align.models.chat import encode_pair
 from align.models.classifier import load_classifier, load_reward_model, score_adapter, scores
 from align.models.load import load_model, load_tokenizer
@@ -40,6 +44,8 @@ SETTINGS = Reward(
     gradient_checkpointing=False,
     held_out=0.2,
     evaluations=3,
+    score="head",
+    beta=0.1,
     label_smoothing=0.0,
     soft_labels=True,
     margin=0.0,
@@ -162,6 +168,22 @@ def train(model: Model, lora: Lora, out: Path, *, settings: Reward = SETTINGS) -
     )
 
 
+def test_implicit_scores_are_trained_by_dpos_loss(tiny: Model, lora: Lora) -> None:
+    base = load_model(tiny)
+    data = scored(base)
+    policy = add_lora(base, settings=lora, seed=1)
+    torch.manual_seed(2)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    batch = collate_pairs([data.train[i] for i in range(4)])
+    settings = replace(SETTINGS, score="implicit", beta=0.3, centre=0.0)
+    found = reward.measure(policy, batch, settings=settings)
+    expected = sigmoid_loss(pair_logprobs(policy, batch), beta=0.3, q=batch["p"])
+    assert torch.equal(found["loss"], expected) and expected.std() > 0.01
+    assert found["chosen_reward"].abs().min() > 0
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_head_and_adapter_are_trained_saved_and_loaded_again(
     quantization: str, tiny: Model, lora: Lora, tmp_path: Path
@@ -178,8 +200,6 @@ def test_head_and_adapter_are_trained_saved_and_loaded_again(
     assert moved.abs().max() > 1e-3
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     loaded = load_reward_model(model, tmp_path / "adapter")
-    from align.algorithms.pairs import collate_pairs
-
     held_out = scored(load_model(model)).held_out
     batch = collate_pairs([held_out[i] for i in range(len(held_out))])
     with torch.no_grad():

@@ -9,15 +9,23 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
 
+from align.algorithms.online import open_source
 from align.errors import StageError
 from align.jsonl import read_records
+from align.models.load import load_model
+from align.models.logprobs import score_rows
+from align.models.roles import Roles
 from align.models.scorer import Scorer, open_scorer
 from align.models.settings import Model
-from align.records import Candidate, Message
+from align.records import Candidate, Message, Prompt
+from align.rewards.source import Sample
 from align.stages import reference, reward
 from align.stages.settings import ReferenceStage, RewardStage
 from tests.algorithms.test_reward import SETTINGS
@@ -33,11 +41,11 @@ FILES = [
 ]  # fmt: skip
 
 
-def tokenized(model: Model, folder: Path) -> Path:
+def tokenized(model: Model, folder: Path, *, score: bool = False) -> Path:
     out = folder / "reference"
     out.mkdir()
     preferences = write_preferences(folder / "preferences")
-    settings = ReferenceStage(model=model, max_length=None, score=False)
+    settings = ReferenceStage(model=model, max_length=None, score=score)
     reference.run(settings, {"preferences": preferences}, out)
     return out
 
@@ -119,6 +127,47 @@ def test_text_scores_as_the_tokens_that_were_trained_on(tiny: Model, tmp_path: P
         assert min(abs(score - pair["score_chosen"]) for score in found) < 1e-4
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_an_implicit_reward_is_a_plain_language_models_adapter_against_its_base(
+    quantization: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = model_settings(tiny_folder, quantization=quantization)
+    tokens = tokenized(model, tmp_path, score=True)
+    out = tmp_path / "out"
+    out.mkdir()
+    implicit = replace(ALGORITHM, score="implicit", beta=0.7)
+    reward.run(replace(stage(model), algorithm=implicit), {"reference": tokens}, out)
+    assert sorted(left(out)) == FILES
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert all(key.startswith("reward/") for key in metrics)
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert all(".lora_" in key for key in saved)
+    scorer = open_scorer(out / "adapter", base=None)
+    pairs = reward.split(tokens, share=0.3, seed=1).held_out
+    rows = reward.both_rows(pairs, range(len(pairs)))
+    base = load_model(model)
+    before = score_rows(base, rows, title="base")
+    after = score_rows(PeftModel.from_pretrained(base, out / "adapter"), rows, title="adapter")
+    found = scorer.row_scores(rows)
+    by_hand = [0.7 * (a - b) for a, b in zip(after, before, strict=True)]
+    assert found == pytest.approx(by_hand, abs=1e-3) and numpy.std(found) > 0.01
+    told = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    kept = [pair[f"score_{side}"] for pair in told for side in ("chosen", "rejected")]
+    assert kept == pytest.approx(found, abs=1e-3)
+
+    roles = Roles(load_model(model))
+    given = SimpleNamespace(reward_model=out / "adapter")
+    source = open_source(given, roles, reward="role")  # type: ignore[arg-type]
+    samples = [
+        Sample(
+            prompt=Prompt(id="", messages=()), text="", finish="eos",
+            prompt_ids=tuple(row.prompt), completion_ids=tuple(row.completion),
+        )
+        for row in rows
+    ]  # fmt: skip
+    assert source.scores(samples) == pytest.approx(found, abs=1e-3)
+
+
 def test_an_encoder_learns_too_and_its_weights_are_not_needed_for_tokens(tmp_path: Path) -> None:
     from transformers import BertTokenizer
 
@@ -138,12 +187,13 @@ def test_an_encoder_learns_too_and_its_weights_are_not_needed_for_tokens(tmp_pat
     assert sorted(left(out)) == FILES
     scorer = open_scorer(out / "adapter", base=None)
     question = (Message(role="user", content="three days"),)
-    ids = scorer.encoded(question, "no pay")
-    assert scorer.tokenizer.convert_ids_to_tokens(ids) == [
+    row = scorer.encoded(question, "no pay")
+    assert scorer.tokenizer.convert_ids_to_tokens([*row.prompt, *row.completion]) == [
         "[CLS]", "three", "days", "[SEP]", "no", "pay", "[SEP]",
     ]  # fmt: skip
     hostile = scorer.encoded(question, "no [SEP] pay")
-    assert hostile.count(scorer.tokenizer.sep_token_id) == 2, "text cannot end a turn"
+    ids = [*hostile.prompt, *hostile.completion]
+    assert ids.count(scorer.tokenizer.sep_token_id) == 2, "text cannot end a turn"
     one, two = scorer.scores([(question, "no pay"), (question, "the office of the employer")])
     assert one != two
 

@@ -33,17 +33,18 @@ def add_policy(roles: Roles, online: Online) -> None:
 
 def add_value(roles: Roles, online: Online, settings: Ppo, calibration: Calibration | None) -> None:
     """The value function: a head on the policy's trunk, or an adapter and a head of its own, which
-    start as the reward model where that is a role.
+    start as the reward model where that is a role with a head.
 
     Its head is the reward's in calibrated units, so that at first V behind the end of an answer is
     the answer's score. Without one it starts at 0, the mean of calibrated rewards.
     """
     width = online.base.config.get_text_config().hidden_size
     fresh = Head(torch.zeros(width, device=roles.model.device))
+    start = roles.bound.get(REWARD)
     if settings.value == "trunk":
         roles.attach(VALUE, POLICY, head=fresh)
-    elif settings.value == "adapter" and REWARD in roles.bound:
-        reward, known = roles.head(REWARD), calibration or Calibration()
+    elif settings.value == "adapter" and start is not None and start.head is not None:
+        reward, known = start.head, calibration or Calibration()
         head = Head(reward.weight / known.std, bias=(float(reward.bias) - known.mean) / known.std)
         roles.copy(VALUE, REWARD, head=head)
     elif settings.value == "adapter":

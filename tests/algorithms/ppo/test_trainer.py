@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from align.algorithms.ppo import state
-from align.algorithms.ppo.experience import POLICY, REFERENCE, VALUE
+from align.algorithms.ppo.experience import POLICY, REFERENCE, REWARD, VALUE
 from align.algorithms.ppo.run import made
+from align.algorithms.ppo.setup import add_value
 from align.algorithms.ppo.trainer import Trainer
 from align.errors import ConfigError, StageError
 from align.launch import free_port
 from align.models.adapters import load_adapter, without_adapter
-from align.models.roles import weights_hash
+from align.models.load import load_model
+from align.models.roles import Roles, weights_hash
 from align.models.settings import Full, Lora, Model
 from align.process_group import Ranks
 from tests.algorithms.ppo.running import LORA, online, settings, train
@@ -65,6 +67,16 @@ def test_the_reward_is_learnt_with_every_kind_of_value(
     assert gain(lines) > 0.05
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-4) and lines[-1]["kl"] > 0.5
     assert lines[-1]["entropy"] < lines[0]["entropy"]
+
+
+def test_a_value_adapter_starts_at_the_mean_beside_a_reward_without_a_head(
+    tiny: Model, lora: Lora
+) -> None:
+    roles = Roles(load_model(tiny))
+    roles.add(REWARD, settings=lora, seed=1)
+    add_value(roles, online(tiny), settings(value="adapter"), None)
+    assert roles.bound[VALUE].adapter == VALUE
+    assert roles.head(VALUE).weight.abs().sum() == 0 == roles.head(VALUE).bias
 
 
 def test_in_the_first_step_the_policy_is_the_old_one(tiny: Model, tmp_path: Path) -> None:
