@@ -268,6 +268,7 @@ def test_the_reward_model_has_tuned_values_of_its_own_and_shapes_no_step_of_dpo(
     tree = composed("recipe=reward")
     own = composed("recipe=reward", "model=hf", "model.name=owner/name")
     assert tree["reward"]["learning_rate"] > 1e-4 > 1e-5 < own["reward"]["learning_rate"] < 1e-4
+    assert tree["reward"]["score"] == "implicit" and own["reward"]["score"] == "head"
     config = read_config(tree)
     assert config.algorithm is None and config.reward is not None
     assert [step.name for step in plan(config, yaml="", command="")] == [
@@ -283,6 +284,13 @@ def test_the_reward_model_has_tuned_values_of_its_own_and_shapes_no_step_of_dpo(
     for step in plan(alone, yaml="", command=""):
         if step.name in steps:
             assert step == steps[step.name], "reward models and policies share what they can"
+
+
+def test_only_an_implicit_score_has_the_pairs_scored_by_the_base():
+    for score, wanted in (("implicit", True), ("head", False)):
+        config = read_config(composed("recipe=reward", f"reward.score={score}"))
+        steps = {step.name: step for step in plan(config, yaml="", command="")}
+        assert steps["reference"].settings.score is wanted
 
 
 def test_another_model_in_the_starters_place_is_warned_of(tmp_path):
