@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +197,18 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text(
     assert source.scores([sample("Three days.", ids=(3, 1)), sample("No.", ids=(4, 1))]) == found
     with pytest.raises(StageError, match=r"algorithm\.reward="):
         ModelReward(str(tmp_path))
+
+
+def test_the_starters_rubric_is_a_reward_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What recipes/starter-ppo types."""
+    recipe = Path(__file__).parents[2] / "recipes" / "starter-ppo"
+    monkeypatch.syspath_prepend(str(recipe))
+    meta = {"asked": "notice", "gold": "38"}
+    asked = Prompt(id="p", messages=(Message(role="user", content="How long?"),), meta=meta)
+    source = FunctionReward("rubric_reward:reward")
+    right, wrong = (
+        replace(sample(text), prompt=asked)
+        for text in ("The notice is 38 days.", "The notice is 12 days.")
+    )
+    found = source.scores([right, wrong])
+    assert found[0] is not None and found[1] is not None and found[0] > found[1] + 5
