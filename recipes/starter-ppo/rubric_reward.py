@@ -1,4 +1,4 @@
-"""The starter's rubric as a reward, for align.run recipe=ppo algorithm.reward=rubric_reward:reward."""
+"""The starter's rubric as a reward: align.run recipe=ppo algorithm.reward=rubric_reward:reward."""
 
 from align.config import STARTER
 from align.judge.rubric import load_lexicon, score
