@@ -75,5 +75,6 @@ def test_own_source_is_read(mine):
 def test_the_files_that_the_readme_names_are_there():
     root = Path(__file__).parent.parent
     assert (root / "docs" / "report.png").is_file()
-    assert (root / "recipes" / "starter-dpo" / "README.md").is_file()
+    for recipe in ("starter-dpo", "starter-ppo"):
+        assert (root / "recipes" / recipe / "README.md").is_file()
     assert "@@" not in README
