@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from align.algorithms.settings import Ppo
 
+History = Sequence[Mapping[str, float]]  # measures by iteration, the newest last
+
 SETTLED = 5  # iterations after which a trend means something
 FAR_RATIO = 0.5  # standard deviation of the probability ratio within one iteration
 LOW_ENTROPY = 0.2  # of what it was at first
@@ -21,18 +23,22 @@ def hopeless(measured: Mapping[str, float]) -> str | None:
     return None
 
 
-def warnings_of(
-    history: Sequence[Mapping[str, float]],
-    *,
-    settings: Ppo,
-    best_reference: float | None,
-) -> dict[str, str]:
+def warnings_of(history: History, *, settings: Ppo, best_reference: float | None) -> dict[str, str]:
     """What is odd in the newest iteration, by a short name.
 
     Args:
         history: measures by iteration, the newest last.
         best_reference: the highest raw reward of reference answers, where known.
     """
+    return {
+        **of_the_policy(history, settings),
+        **of_the_answers(history),
+        **of_the_rewards(history, settings, best_reference),
+    }
+
+
+def of_the_policy(history: History, settings: Ppo) -> dict[str, str]:
+    """How far it moves, and where it stands."""
     now, first = history[-1], history[0]
     found: dict[str, str] = {}
     if now["kl"] < -max(1.0, 3 * now["kl_error"]):
@@ -53,6 +59,19 @@ def warnings_of(
             "policy says nearly the same each time. Raise algorithm.beta or lower "
             "algorithm.learning_rate"
         )
+    low, high = settings.kl_band
+    if len(history) > SETTLED and now["kl"] > high:
+        found["kl_band"] = (
+            f"KL is {now['kl']:.1f} nats an answer, above algorithm.kl_band=[{low:g},{high:g}]. "
+            f"Raise algorithm.beta (now {now['beta']:.3g}) or lower algorithm.learning_rate"
+        )
+    return found
+
+
+def of_the_answers(history: History) -> dict[str, str]:
+    """Whether they run away in length, or end no more."""
+    now, first = history[-1], history[0]
+    found: dict[str, str] = {}
     times = now["length"] / max(first["length"], 1e-9)
     if len(history) > SETTLED and not LENGTHS[0] < times < LENGTHS[1]:
         way = "longer" if times > 1 else "shorter"
@@ -66,6 +85,13 @@ def warnings_of(
             f"only {now['eos_rate']:.0%} of the answers end by themselves ({first['eos_rate']:.0%} "
             "at first). Raise algorithm.max_new_tokens, or lower algorithm.penalty"
         )
+    return found
+
+
+def of_the_rewards(history: History, settings: Ppo, best_reference: float | None) -> dict[str, str]:
+    """Whether they can be trusted still."""
+    now = history[-1]
+    found: dict[str, str] = {}
     if now["clipped_rewards"] > CLIPPED_SHARE:
         found["reward_range"] = (
             f"{now['clipped_rewards']:.0%} of the rewards lie beyond algorithm.reward_clip="
@@ -78,12 +104,6 @@ def warnings_of(
             f"the mean reward {now['reward']:.2f} is beyond the best reference answer's "
             f"({best_reference:.2f}): the reward model judges what it never saw. Compare with the "
             "judge's curve, raise algorithm.beta, or train it on answers of the new policy"
-        )
-    low, high = settings.kl_band
-    if len(history) > SETTLED and now["kl"] > high:
-        found["kl_band"] = (
-            f"KL is {now['kl']:.1f} nats an answer, above algorithm.kl_band=[{low:g},{high:g}]. "
-            f"Raise algorithm.beta (now {now['beta']:.3g}) or lower algorithm.learning_rate"
         )
     if now["taught"] < 1:
         found["left_out"] = (
