@@ -60,6 +60,12 @@ def of_the_policy(history: History, settings: Ppo) -> dict[str, str]:
             "algorithm.learning_rate"
         )
     low, high = settings.kl_band
+    if len(history) >= max(settings.iterations, SETTLED) and 0 <= now["kl"] < low:
+        found["kl_band"] = (
+            f"KL ends at {now['kl']:.2f} nats an answer, below algorithm.kl_band=[{low:g},"
+            f"{high:g}]: the policy hardly moved. Raise algorithm.learning_rate or "
+            f"algorithm.iterations, or lower algorithm.beta (now {now['beta']:.3g})"
+        )
     if len(history) > SETTLED and now["kl"] > high:
         found["kl_band"] = (
             f"KL is {now['kl']:.1f} nats an answer, above algorithm.kl_band=[{low:g},{high:g}]. "

@@ -59,3 +59,11 @@ def test_noise_around_zero_is_no_negative_kl() -> None:
 def test_a_number_that_is_none_ends_the_run(key: str) -> None:
     spoilt: dict[str, Any] = {**WELL, key: float("nan")}
     assert hopeless(spoilt) == f"{key} is nan" and hopeless(WELL) is None
+
+
+def test_a_policy_that_hardly_moved_by_the_end_is_told_of_then_and_no_sooner() -> None:
+    few, many = (settings(kl_band=[3.0, 20.0], iterations=n) for n in (10, 100))
+    history = [WELL] * 10
+    found = warnings_of(history, settings=few, best_reference=None)
+    assert "below algorithm.kl_band=[3,20]" in found["kl_band"]
+    assert warnings_of(history, settings=many, best_reference=None) == {}
