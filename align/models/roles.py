@@ -31,6 +31,7 @@ from align.errors import StageError
 from align.models.adapters import add_lora, keep_in_fp32, read_adapter, save_adapter
 from align.models.settings import Lora
 
+HALF = (torch.bfloat16, torch.float16)
 HEAD = "base_model.model.score.weight"  # where a classifier's adapter keeps its head
 
 
@@ -45,7 +46,8 @@ class Head(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.tensor(float(bias), device=weight.device))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = hidden.to(self.weight.dtype) @ self.weight + self.bias
+        with torch.autocast(hidden.device.type, enabled=False):
+            found: torch.Tensor = hidden.to(self.weight.dtype) @ self.weight + self.bias
         return found
 
 
@@ -84,6 +86,9 @@ class Roles:
     def role(self, name: str) -> Iterator[Any]:
         """The model that runs as `name` within; afterwards, whatever ran before.
 
+        On a base in half precision the adapters, which are in float32, are multiplied in the base's
+        type (mixed precision): in float32 each layer would keep a copy of its input for them.
+
         Layers that recompute their activations do so only where gradients are wanted: with
         recomputation they would drop the cache that sampling lives on.
         """
@@ -92,8 +97,10 @@ class Roles:
         for layer in self.recomputed:
             layer.training = torch.is_grad_enabled()
         self.switch(bound.adapter)
+        dtype = self.model.dtype
         try:
-            yield self.model if bound.model is None else bound.model
+            with torch.autocast(self.model.device.type, dtype=dtype, enabled=dtype in HALF):
+                yield self.model if bound.model is None else bound.model
         finally:
             self.switch(before)
             for layer, was in zip(self.recomputed, armed, strict=True):

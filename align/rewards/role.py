@@ -39,7 +39,10 @@ class RoleReward:
         for batch in token_budget_batches(lengths, budget=default_budget(device)):
             mine = [rows[i] for i in batch]
             packed = collate(mine, device=device)
-            read = self.at_the_end(packed, mine) if self.beta is None else self.implicit(packed)
+            if self.beta is None:
+                read = self.at_the_end(packed, mine)
+            else:
+                read = self.implicit(packed, [samples[i].base_logprob for i in batch])
             for i, score in zip(batch, read.tolist(), strict=True):
                 found[i] = score
         return found
@@ -53,10 +56,17 @@ class RoleReward:
         found: torch.Tensor = self.roles.head(self.role)(hidden)
         return found
 
-    def implicit(self, batch: Batch) -> torch.Tensor:
-        """How much more probable than the base the role makes each answer, times beta, [B]."""
+    def implicit(self, batch: Batch, known: Sequence[float | None]) -> torch.Tensor:
+        """How much more probable than the base the role makes each answer, times beta, [B]; the
+        base runs only where what it says is not known.
+        """
         assert self.beta is not None
-        policy, reference = (self.logprobs(role, batch) for role in (self.role, self.bare))
+        policy = self.logprobs(self.role, batch)
+        said = [value for value in known if value is not None]
+        if len(said) == len(known):
+            reference = torch.tensor(said, device=policy.device)
+        else:
+            reference = self.logprobs(self.bare, batch)
         return implicit_reward(policy, reference, beta=self.beta)
 
     def logprobs(self, role: str, batch: Batch) -> torch.Tensor:

@@ -15,6 +15,7 @@ class Sample:
         text: decoded without special tokens; empty where the model ended its turn at once.
         prompt_ids, completion_ids: as the policy saw and drew them, the end of turn included where
             `finish` is "eos"; nothing stands behind it.
+        base_logprob: of the answer under the bare base, in nats; None where nobody asked for it.
     """
 
     prompt: Prompt
@@ -22,6 +23,7 @@ class Sample:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     finish: str
+    base_logprob: float | None = None
 
 
 class Source(Protocol):

@@ -210,6 +210,28 @@ def test_a_step_at_a_small_learning_rate_moves_adapters_on_a_bf16_base(
     assert min(moved) > 0.9
 
 
+def test_adapters_on_a_bf16_base_multiply_in_bf16_and_learn_in_float32(
+    tiny: Model, lora: Lora
+) -> None:
+    """Recomputed activations are of the same types, so the gradients are the same bit for bit."""
+    found = []
+    for recomputed in (False, True):
+        roles = two_roles(replace(tiny, dtype="bfloat16"), lora)
+        if recomputed:
+            roles.recompute()
+        seen: list[torch.dtype] = []
+        for name, module in roles.model.named_modules():
+            if name.endswith(".lora_A.policy"):
+                module.register_forward_hook(
+                    lambda m, given, out, seen=seen: seen.append(out.dtype)
+                )
+        joint_loss(roles).backward()
+        assert set(seen) == {torch.bfloat16}
+        found.append(gradients(roles))
+        assert {g.dtype for g in found[-1].values()} == {torch.float32}
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_a_saved_role_is_plain_peft_and_comes_back_the_same(
     folder: Path, lora: Lora, variant: str, tmp_path: Path

@@ -15,6 +15,7 @@ from align.errors import ConfigError, StageError
 from align.judge.settings import Scripted
 from align.models.classifier import scores
 from align.models.load import load_model
+from align.models.logprobs import Row, collate, sequence_logprobs
 from align.models.roles import Roles
 from align.models.settings import Lora, Model
 from align.records import Message, Prompt
@@ -162,6 +163,28 @@ def test_a_role_scores_as_the_classifier_that_it_was_trained_as(
         expected = scores(classifier, input_ids=ids, lengths=torch.tensor([len(r) for r in rows]))
     assert found == pytest.approx(expected.tolist(), abs=1e-4)
     assert roles.parameters("reward") == []
+
+
+def test_an_implicit_reward_asks_the_base_only_what_nobody_knows_yet(
+    tiny: Model, lora: Lora
+) -> None:
+    roles = Roles(load_model(tiny))
+    roles.add("reward", settings=lora, seed=0)
+    for parameter in roles.parameters("reward"):
+        parameter.data += 0.1
+    source = RoleReward(roles, beta=0.5)
+    samples = [sample("", ids=(9, 8, 1)), sample("", ids=(1,))]
+    expected = source.scores(samples)
+    batch = collate([Row(prompt=s.prompt_ids, completion=s.completion_ids) for s in samples])
+    with torch.no_grad(), roles.role("reward_base") as model:
+        base = sequence_logprobs(
+            model, input_ids=batch.input_ids, response_mask=batch.response_mask
+        ).tolist()
+    del roles.bound["reward_base"]
+    known = [replace(s, base_logprob=value) for s, value in zip(samples, base, strict=True)]
+    assert source.scores(known) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(KeyError, match="reward_base"):
+        source.scores([known[0], samples[1]])
 
 
 def test_a_reward_model_of_another_shape_is_one_line(

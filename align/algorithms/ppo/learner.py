@@ -94,7 +94,7 @@ class Learner:
         if tokens == 0:
             return {key: 0.0 for key in (*MEASURED, "tokens", "grad_norm", "steps")}
         trained = self.trained(warming=warming)
-        self.totals = {key: torch.zeros(()) for key in MEASURED}
+        self.totals = {key: torch.zeros((), device=self.roles.model.device) for key in MEASURED}
         lengths = [len(experience.rollouts.rows[i]) for i in rows]
         batches = list(token_budget_batches(lengths, budget=self.settings.micro_batch_tokens))
         for batch in batches[self.ranks.index :: self.ranks.count]:
@@ -185,7 +185,7 @@ class Learner:
 
     def note(self, **sums: torch.Tensor) -> None:
         for key, value in sums.items():
-            self.totals[key] = self.totals[key] + value.detach().cpu()
+            self.totals[key] += value.detach()
 
 
 def minibatches(groups: torch.Tensor, *, count: int, key: tuple[int, ...]) -> Iterator[list[int]]:

@@ -5,7 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from align.algorithms.ppo.experience import (
     REFERENCE,
     VALUE,
     Experience,
+    Passes,
     estimate,
     final_scores,
     passes,
@@ -167,16 +168,25 @@ class Trainer:
         mine, first = self.share(questions)
         seed = derived(self.online.seed, "rollout", iteration)
         drawn = self.drawn(POLICY, mine, first, seed=seed)
+        with self.timed("score"):
+            seen = passes(self.roles, drawn, settings=self.settings)
         samples = samples_of(drawn, mine, self.online.tokenizer, first_group=first)
-        raw, calibration = self.raw(samples), self.calibration
+        raw, calibration = self.raw(self.known(samples, seen)), self.calibration
         scores = final_scores(
             raw.nan_to_num(calibration.mean), drawn.ended,
             mean=calibration.mean, std=calibration.std, settings=self.settings,
         )  # fmt: skip
-        with self.timed("score"):
-            seen = passes(self.roles, drawn, settings=self.settings)
         found = Experience(rollouts=drawn, passes=seen, scores=scores, raw=raw, taught=~raw.isnan())
         return found, samples
+
+    def known(self, samples: list[Sample], seen: Passes) -> list[Sample]:
+        """With what the reference, which is the bare base, says of them at temperature 1: an
+        implicit reward then need not ask it again.
+        """
+        if self.settings.temperature != 1.0:
+            return samples
+        said = seen.reference_logprobs.sum(-1).tolist()
+        return [replace(s, base_logprob=v) for s, v in zip(samples, said, strict=True)]
 
     def check(self, measured: dict[str, float], iteration: int) -> None:
         """

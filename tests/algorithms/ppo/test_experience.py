@@ -239,6 +239,22 @@ def test_a_value_that_starts_as_the_reward_gives_its_score_behind_the_end(
     assert len(run.roles.parameters(VALUE)) > 2 and run.roles.parameters("reward") == []
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_an_implicit_reward_is_the_same_whoever_asked_the_base(
+    tiny: Model, lora: Lora, tmp_path: Path, temperature: float
+) -> None:
+    """At temperature 1 the reference has said what the reward needs, else it is asked again."""
+    run = trainer(tiny, tmp_path, temperature=temperature)
+    run.roles.add("reward", settings=lora, seed=3)
+    for parameter in run.roles.parameters("reward"):
+        parameter.data += 0.1
+    run.source = RoleReward(run.roles, beta=0.5)
+    experience, samples = run.experience(run.questions(0), 0)
+    assert all(s.base_logprob is None for s in samples)
+    assert experience.raw.tolist() == pytest.approx(run.source.scores(samples), abs=1e-4)
+    assert float(experience.raw.std()) > 0.01
+
+
 def test_the_calibration_is_measured_once_on_the_reference_and_frozen(
     tiny: Model, lora: Lora, tmp_path: Path
 ) -> None:
