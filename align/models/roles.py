@@ -143,6 +143,7 @@ class Roles:
         weight = saved.state.pop(HEAD, None)
         saved.config.task_type, saved.config.modules_to_save = "CAUSAL_LM", None
         saved.config.exclude_modules = None  # the head, which the base has not
+        saved.config.base_model_name_or_path = None  # it may have moved since; PEFT would warn
         width = self.model.config.get_text_config().hidden_size
         if weight is not None and weight.numel() != width:
             raise unfit(folder, f"its head takes {weight.numel()} values, the base gives {width}")
