@@ -31,6 +31,10 @@ class JudgeError(AlignError):
     """A judge cannot work as asked."""
 
 
+class Interrupted(JudgeError):
+    """Somebody pressed Ctrl-C."""
+
+
 class StageError(AlignError):
     """A stage cannot go on."""
 
@@ -52,3 +56,9 @@ def keyed(key: str, *, own: str = "judge") -> Iterator[None]:
             error.args = (re.sub(name, lambda _: f"{key}.", str(error)),)
             error.keyed = told | {own}  # type: ignore[union-attr]
         raise
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says, or its name where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0].strip() if said else type(error).__name__

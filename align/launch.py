@@ -17,6 +17,7 @@ from align.named import named_module
 from align.plan import Step
 
 REQUEST = "launch.json"
+SAID = ".said-"  # beside it: an error that one of the processes has told
 # How often a waiting thread looks again before it sleeps, read by GNU OpenMP when torch is
 # imported. Left alone it spins for milliseconds: where another program has one of two cores,
 # training then makes 9 pairs/s, so 13; where both are free, 28 either way.
@@ -70,6 +71,8 @@ def spawn(
         StageError: the processes failed; their own last line says why.
     """
     request = run.path / REQUEST
+    for told in run.path.glob(f"{SAID}*"):
+        told.unlink()
     write_json(
         request,
         {

@@ -76,7 +76,10 @@ def source(module: str, hashes: HashCache) -> str:
     """Hash of a user's module: its file, or all files of its package. What it imports from
     elsewhere does not count.
     """
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)  # of a.b it imports a
+    except Exception:  # whatever stands in a user's file; who loads the module says it in a line
+        return module
     if spec is None or spec.origin is None:
         return module
     file = Path(spec.origin)

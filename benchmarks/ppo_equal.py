@@ -245,6 +245,7 @@ def by_the_learner(
 ) -> Iterator[tuple[str, float]]:
     """The same gradients by the method that training calls, where no bridge is needed."""
     from align.algorithms.ppo.advantages import Estimated
+    from align.algorithms.ppo.learner import lessons
 
     replay.optimizer.zero_grad(set_to_none=True)
     passes = replace(
@@ -252,12 +253,13 @@ def by_the_learner(
         reference_logprobs=replay.seen("ref_logprobs"),
     )  # fmt: skip
     estimated = Estimated(advantages=replay.seen("advantages"), returns=replay.seen("returns"))
-    replay.learner.accumulate(
-        rows, experience_of(replay, passes, replay.seen("scores")), estimated,
-        tokens=int(replay.mask[rows].sum()), warming=False,
-    )  # fmt: skip
+    experience = experience_of(replay, passes, replay.seen("scores"))
+    lesson = lessons(experience, estimated, settings=replay.settings)
+    answers = [experience.rollouts.rows[i] for i in rows]
+    flat = lesson.of(rows, replay.mask, device=replay.roles.model.device)
+    replay.learner.accumulate(answers, flat, warming=False)
     for name, parameter in replay.trained():
-        given = theirs[f"grad.{name}"].reshape(parameter.shape)
+        given = theirs[f"grad.{name}"].reshape(parameter.shape) * int(replay.mask[rows].sum())
         yield "gradient, all by `Learner.accumulate`", relative(parameter.grad, given)
 
 

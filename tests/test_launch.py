@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from align.config import Launch
 from align.launch import accelerate_command, thread_environment, wanted_processes
+from align.rank import first_to_say
 
 LAUNCH = Launch(mode="auto", processes=None, threads=None)
 
@@ -73,3 +75,8 @@ def test_telemetry_is_off_before_anything_could_call_home() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "True"
+
+
+def test_of_several_processes_with_one_error_one_speaks(tmp_path: Path) -> None:
+    assert [first_to_say("no prompt", tmp_path) for _ in range(3)] == [True, False, False]
+    assert first_to_say("another", tmp_path)

@@ -1,6 +1,7 @@
 """What every training on a policy's own answers shares: its prompts, its rewards, its judge."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,19 @@ import numpy
 import torch
 
 from align.algorithms.ppo.rollout import Question
+from align.algorithms.settings import CriticFree, Ppo
 from align.artifacts import read_json
 from align.errors import ConfigError, StageError
 from align.models.roles import Roles
 from align.models.settings import Full, Lora, Model
+from align.notice import notice
 from align.rewards.function import FunctionReward
 from align.rewards.judge import JudgeReward
 from align.rewards.role import RoleReward
 from align.rewards.settings import FUNCTION, JUDGE, ROLE, kind_of
 from align.rewards.source import Source
+
+CALIBRATED_ON = 256  # answers of the starting policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,40 @@ def turn(iteration: int, *, count: int, prompts: int, seed: int) -> list[int]:
     epoch, part = divmod(iteration, count // prompts)
     order = numpy.random.default_rng([seed, epoch]).permutation(count)
     return [int(place) for place in order[part * prompts : (part + 1) * prompts]]
+
+
+def calibration_questions(online: Online, *, samples: int, least: int = 1) -> list[Question]:
+    """Those whose answers by the reference calibrate the rewards.
+
+    Args:
+        samples: answers to each.
+        least: how many at least: one for each process.
+    """
+    wanted = max(least, math.ceil(CALIBRATED_ON / samples))
+    return some_of(online.questions, wanted, seed=online.seed)
+
+
+def some_of(questions: Sequence[Question], count: int, *, seed: int) -> list[Question]:
+    """At most `count`, of a permutation: a file may be sorted by what it asks."""
+    few = min(count, len(questions))
+    places = turn(0, count=len(questions), prompts=few, seed=seed) if few else []
+    return [questions[place] for place in places]
+
+
+def check_rewarded(taught: torch.Tensor, *, reward: str) -> None:
+    """
+    Args:
+        taught: [N], whether an answer has a reward.
+
+    Raises:
+        StageError: none has; training would go on without learning anything.
+    """
+    if not taught.any():
+        raise StageError(
+            f"algorithm.reward={reward}: none of the {len(taught)} answers of this iteration has a "
+            "reward; see what the source of rewards says of them. The same command goes on from "
+            "the last checkpoint"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +132,11 @@ def calibrated(raw: Sequence[float | None], *, name: str) -> Calibration:
     )
 
 
-def open_source(online: Online, roles: Roles, *, reward: str) -> Source:
+def open_source(online: Online, roles: Roles, *, reward: str, budget: int | None = None) -> Source:
     """The source of rewards that `algorithm.reward` names.
+
+    Args:
+        budget: padded tokens that a role reads at once; None: what suits the device.
 
     Raises:
         ConfigError: there is none; StageError: the reward model does not fit the base.
@@ -107,7 +149,8 @@ def open_source(online: Online, roles: Roles, *, reward: str) -> Source:
                 "algorithm.reward=FOLDER"
             )
         roles.load("reward", online.reward_model)
-        return RoleReward(roles, beta=told_of(online.reward_model).get("beta"))
+        beta = told_of(online.reward_model).get("beta")
+        return RoleReward(roles, beta=beta, budget=budget)
     if kind == JUDGE:
         if online.judge is None:
             raise ConfigError("algorithm.reward=judge: judge=none; type judge=NAME")
@@ -147,3 +190,22 @@ def told_of(folder: Path) -> dict[str, Any]:
             f"{path}: no calibration of the reward model ({error}); remove its artifact and run "
             "again"
         ) from error
+
+
+def announce(
+    online: Online, source: Source, calibration: Calibration, *, settings: Ppo | CriticFree
+) -> None:
+    """One line on what is trained, from what, against what."""
+    value = {"trunk": "head on the policy", "adapter": "adapter of its own", "none": "none"}
+    print(
+        f"{len(online.questions)} prompts, {len(online.held_out)} watched; reference: base model, "
+        f"adapter off; reward: {source.name}, {calibration.mean:.3g} ± {calibration.std:.3g} on "
+        f"the reference's answers; value: {value[settings.value]}",
+        flush=True,
+    )
+    if settings.top_p < 1 or settings.top_k > 0:
+        notice(
+            "algorithm.top_p, algorithm.top_k: answers are drawn from a part of the distribution "
+            "and scored under the whole of it, so the ratio is biased by what was left out; type "
+            "algorithm.top_p=1 algorithm.top_k=0"
+        )

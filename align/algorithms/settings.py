@@ -118,112 +118,10 @@ class Reward(PairTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ppo:
-    """Proximal policy optimization. Prompts and minibatches are counted over all devices."""
-
-    name: str
-    module: str | None
-    reward: str = field(metadata={"fingerprint": "reward"})
-    calibrate: bool
-    reward_clip: float
-    truncated: str
-    penalty: float
-    iterations: int
-    prompts: int
-    samples: int
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    sampler_batch_size: int
-    value: str
-    gamma: float
-    lam: float
-    whiten: bool
-    epochs: int
-    minibatches: int
-    micro_batch_tokens: int
-    clip: float
-    dual_clip: float | None
-    value_clip: float | None
-    value_coef: float
-    critic_warmup: int
-    beta: float
-    kl_target: float | None
-    kl_horizon: int
-    kl_loss: float
-    kl_band: list[float]
-    target_kl: float | None
-    importance_cap: float | None
-    learning_rate: float
-    value_learning_rate: float
-    schedule: str
-    warmup: float
-    weight_decay: float
-    max_grad_norm: float
-    optimizer: str
-    gradient_checkpointing: bool
-    held_out: float
-    monitor_every: int
-    monitor_prompts: int
-    checkpoint_every: int = field(metadata=UNSHAPING)
-    logged_samples: int
-
-    def __post_init__(self) -> None:
-        kind = kind_of(self.reward)
-        for key in ("iterations", "prompts", "samples", "max_new_tokens", "sampler_batch_size",
-                    "epochs", "minibatches", "micro_batch_tokens", "kl_horizon", "monitor_every",
-                    "monitor_prompts", "checkpoint_every"):  # fmt: skip
-            check_range(f"algorithm.{key}", getattr(self, key), low=1)
-        for key in ("learning_rate", "value_learning_rate", "max_grad_norm", "reward_clip", "clip",
-                    "temperature", "top_p"):  # fmt: skip
-            check_range(f"algorithm.{key}", getattr(self, key), low=0, above=True)
-        for key in ("beta", "kl_loss", "value_coef", "weight_decay", "critic_warmup", "top_k",
-                    "logged_samples"):  # fmt: skip
-            check_range(f"algorithm.{key}", getattr(self, key), low=0)
-        for key in ("gamma", "lam", "top_p"):
-            check_range(f"algorithm.{key}", getattr(self, key), low=0, high=1)
-        for key in ("kl_target", "target_kl", "value_clip"):
-            if (value := getattr(self, key)) is not None:
-                check_range(f"algorithm.{key}", value, low=0, above=True)
-        for key in ("dual_clip", "importance_cap"):
-            if (value := getattr(self, key)) is not None:
-                check_range(f"algorithm.{key}", value, low=1, above=True)
-        check_choice("algorithm.value", self.value, VALUES)
-        check_choice("algorithm.truncated", self.truncated, TRUNCATED)
-        check_choice("algorithm.schedule", self.schedule, SCHEDULES)
-        check_choice("algorithm.optimizer", self.optimizer, OPTIMIZERS)
-        check_range("algorithm.warmup", self.warmup, low=0, high=0.99)
-        check_range("algorithm.held_out", self.held_out, low=0, high=0.5, above=True)
-        check_range("algorithm.minibatches", self.minibatches, low=1, high=self.prompts)
-        self.check_band()
-        if self.samples < 2 and (kind == JUDGE or self.value == "none"):
-            needed = "algorithm.reward=judge" if kind == JUDGE else "algorithm.value=none"
-            raise ConfigError(
-                f"algorithm.samples={self.samples}: {needed} compares the answers to one prompt "
-                "with each other; type algorithm.samples=4"
-            )
-        if self.truncated == "bootstrap" and self.value == "none":
-            raise ConfigError(
-                "algorithm.truncated=bootstrap: there is no value function to go on with; type "
-                "algorithm.truncated=penalty, or algorithm.value=trunk"
-            )
-
-    def check_band(self) -> None:
-        if len(self.kl_band) != 2 or not 0 <= self.kl_band[0] < self.kl_band[1]:
-            raise ConfigError(
-                f"algorithm.kl_band={self.kl_band}: must be two numbers, the lower one first, in "
-                "nats an answer; type algorithm.kl_band=[0,20]"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CriticFree:
-    """Training on sampled answers that are compared with their prompt's other ones, by one of TRL's
-    trainers. Fields that `Ppo` has too mean the same there.
+class OnAnswers:
+    """What every training on a policy's own answers shares. Prompts and minibatches are counted
+    over all devices.
     """
-
-    value: ClassVar[str] = "none"
 
     name: str
     module: str | None
@@ -271,17 +169,97 @@ class CriticFree:
         for key in ("beta", "weight_decay", "top_k", "logged_samples"):
             check_range(f"algorithm.{key}", getattr(self, key), low=0)
         check_range("algorithm.top_p", self.top_p, low=0, high=1)
-        check_choice("algorithm.truncated", self.truncated, ("penalty", "score"))
+        check_choice("algorithm.truncated", self.truncated, TRUNCATED)
         check_choice("algorithm.schedule", self.schedule, SCHEDULES)
         check_choice("algorithm.optimizer", self.optimizer, OPTIMIZERS)
         check_range("algorithm.warmup", self.warmup, low=0, high=0.99)
         check_range("algorithm.held_out", self.held_out, low=0, high=0.5, above=True)
-        self.check_batches()
         if len(self.kl_band) != 2 or not 0 <= self.kl_band[0] < self.kl_band[1]:
             raise ConfigError(
                 f"algorithm.kl_band={self.kl_band}: must be two numbers, the lower one first, in "
                 "nats an answer; type algorithm.kl_band=[0,40]"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ppo(OnAnswers):
+    """Proximal policy optimization."""
+
+    value: str
+    gamma: float
+    lam: float
+    whiten: bool
+    dual_clip: float | None
+    value_clip: float | None
+    value_coef: float
+    critic_warmup: int
+    kl_target: float | None
+    kl_horizon: int
+    kl_loss: float
+    target_kl: float | None
+    importance_cap: float | None
+    value_learning_rate: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("algorithm.kl_horizon", self.kl_horizon, low=1)
+        check_range("algorithm.value_learning_rate", self.value_learning_rate, low=0, above=True)
+        for key in ("kl_loss", "value_coef", "critic_warmup"):
+            check_range(f"algorithm.{key}", getattr(self, key), low=0)
+        for key in ("gamma", "lam"):
+            check_range(f"algorithm.{key}", getattr(self, key), low=0, high=1)
+        for key in ("kl_target", "target_kl", "value_clip"):
+            if (value := getattr(self, key)) is not None:
+                check_range(f"algorithm.{key}", value, low=0, above=True)
+        for key in ("dual_clip", "importance_cap"):
+            if (value := getattr(self, key)) is not None:
+                check_range(f"algorithm.{key}", value, low=1, above=True)
+        check_choice("algorithm.value", self.value, VALUES)
+        check_range("algorithm.minibatches", self.minibatches, low=1, high=self.prompts)
+        self.check_together()
+
+    def check_together(self) -> None:
+        """
+        Raises:
+            ConfigError: a setting makes another one useless.
+        """
+        judged = kind_of(self.reward) == JUDGE
+        if self.samples < 2 and (judged or self.value == "none"):
+            needed = "algorithm.reward=judge" if judged else "algorithm.value=none"
+            raise ConfigError(
+                f"algorithm.samples={self.samples}: {needed} compares the answers to one prompt "
+                "with each other; type algorithm.samples=4"
+            )
+        if self.kl_target is not None and self.beta == 0:
+            raise ConfigError(
+                f"algorithm.kl_target={self.kl_target:g}: beta is steered by factors, and "
+                "algorithm.beta=0 stays 0 whatever it is multiplied with; type algorithm.beta=0.05"
+            )
+        if self.value != "none" and self.critic_warmup >= self.iterations:
+            raise ConfigError(
+                f"algorithm.critic_warmup={self.critic_warmup}: the policy would stand still in "
+                f"all {self.iterations} iterations; type algorithm.critic_warmup="
+                f"{self.iterations // 10}"
+            )
+        if self.truncated == "bootstrap" and self.value == "none":
+            raise ConfigError(
+                "algorithm.truncated=bootstrap: there is no value function to go on with; type "
+                "algorithm.truncated=penalty, or algorithm.value=trunk"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticFree(OnAnswers):
+    """Training on sampled answers that are compared with their prompt's other ones, by one of TRL's
+    trainers.
+    """
+
+    value: ClassVar[str] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("algorithm.truncated", self.truncated, ("penalty", "score"))
+        self.check_batches()
 
     def check_batches(self) -> None:
         """

@@ -2,7 +2,6 @@
 of rewards, measured as PPO's.
 """
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -12,17 +11,29 @@ from typing import Any
 
 import torch
 
-from align.algorithms.online import Calibration, Online, calibrated
-from align.algorithms.ppo.experience import POLICY, REFERENCE, Experience, final_scores, passes
+from align.algorithms.online import (
+    Calibration,
+    Online,
+    calibrated,
+    calibration_questions,
+    check_rewarded,
+)
+from align.algorithms.ppo.experience import (
+    POLICY,
+    REFERENCE,
+    Experience,
+    passes,
+    raw_rewards,
+    scored,
+)
 from align.algorithms.ppo.gather import gathered
 from align.algorithms.ppo.measures import measures, timing, told
 from align.algorithms.ppo.rollout import Question, Rollouts, rollout, samples_of, sampling
 from align.algorithms.ppo.seeds import derived
+from align.algorithms.settings import CriticFree
 from align.models.roles import Roles
 from align.process_group import Ranks
 from align.rewards.source import Sample, Source
-
-CALIBRATED_ON = 256  # answers of the starting policy
 
 
 @dataclass(kw_only=True)
@@ -34,12 +45,11 @@ class Answers:
     way in each of its trainers.
 
     Attributes:
-        settings: a `CriticFree`; PPO's functions read the fields that it shares with `Ppo`.
         calibration: of no effect until it is known.
     """
 
     online: Online
-    settings: Any
+    settings: CriticFree
     roles: Roles
     source: Source
     ranks: Ranks
@@ -53,8 +63,8 @@ class Answers:
     @torch.no_grad()
     def calibrate(self) -> Calibration:
         """Every process measures the same, so that nothing has to be sent."""
-        few = self.online.questions[: math.ceil(CALIBRATED_ON / self.settings.samples)]
-        with self.still(REFERENCE) as model:
+        few = calibration_questions(self.online, samples=self.settings.samples)
+        with self.still(), self.roles.role(REFERENCE) as model:
             drawn = rollout(
                 model, self.online.tokenizer, few, seed=derived(self.online.seed, "calibrate"),
                 settings=sampling(self.settings, n=self.settings.samples),
@@ -80,7 +90,7 @@ class Answers:
         """Answers to the questions that were asked last; the same whoever draws them, and
         whenever.
         """
-        with self.timed("generate"), self.still(POLICY) as model:
+        with self.timed("generate"), self.still(), self.roles.role(POLICY) as model:
             self.drawn = rollout(
                 model, self.online.tokenizer, self.asked,
                 settings=sampling(self.settings, n=self.settings.samples),
@@ -94,20 +104,13 @@ class Answers:
         """
         assert self.drawn is not None and len(prompts) == len(self.drawn.rows)
         self.samples = samples_of(self.drawn, self.asked, self.online.tokenizer)
-        with self.timed("reward"), self.still():
-            given = self.source.scores(self.samples)
-        raw = torch.tensor([math.nan if value is None else value for value in given])
-        taught = ~raw.isnan()
-        scores = final_scores(
-            raw.nan_to_num(self.calibration.mean), self.drawn.ended,
-            mean=self.calibration.mean, std=self.calibration.std, settings=self.settings,
-        )  # fmt: skip
         with self.timed("score"), self.still():
             seen = passes(self.roles, self.drawn, settings=self.settings)
-        self.experience = Experience(
-            rollouts=self.drawn, passes=seen, scores=scores, raw=raw, taught=taught
-        )
-        pairs = zip(scores.tolist(), taught.tolist(), strict=True)
+        with self.timed("reward"), self.still():
+            raw = raw_rewards(self.source, self.samples)
+        found = scored(self.drawn, seen, raw, calibration=self.calibration, settings=self.settings)
+        self.experience = found
+        pairs = zip(found.scores.tolist(), found.taught.tolist(), strict=True)
         return [score if known else None for score, known in pairs]
 
     # What is told of them.
@@ -116,6 +119,7 @@ class Answers:
         """Measures over all processes, some answers, and what it took."""
         assert self.experience is not None
         everyone = gathered(self.experience, self.ranks)
+        check_rewarded(everyone.taught, reward=self.source.name)
         nothing = torch.zeros_like(everyone.passes.values)
         measured = measures(everyone, nothing, calibration=self.calibration, settings=self.settings)
         measured.pop("explained_variance")  # there is no value function
@@ -128,15 +132,14 @@ class Answers:
     # How it is done.
 
     @contextmanager
-    def still(self, role: str = POLICY) -> Iterator[Any]:
-        """The model as a role, in evaluation mode: training mode would switch dropout on and, with
-        recomputed activations, the sampler's cache off.
+    def still(self) -> Iterator[None]:
+        """The model in evaluation mode: training mode would switch dropout on and, with recomputed
+        activations, the sampler's cache off.
         """
         training = self.roles.model.training
         self.roles.model.eval()
         try:
-            with self.roles.role(role) as model:
-                yield model
+            yield
         finally:
             self.roles.model.train(training)
 

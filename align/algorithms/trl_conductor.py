@@ -3,7 +3,7 @@ watches held-out prompts, warns, and says when to save.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,30 +12,29 @@ from transformers import TrainerCallback
 
 from align.algorithms import checkpoints
 from align.algorithms.ppo.health import hopeless, warnings_of
+from align.algorithms.ppo.measures import CURVES, SAMPLES, TIMING, append
 from align.algorithms.ppo.monitor import Monitor
 from align.algorithms.ppo.warned import Warned
+from align.algorithms.settings import CriticFree
 from align.algorithms.trl_answers import Answers
 from align.errors import StageError
-from align.jsonl import JsonlAppender, read_lines, truncate_lines
+from align.jsonl import read_lines, truncate_lines
 from align.progress import progress_bar
 
-CURVES, SAMPLES, TIMING = "curves.jsonl", "samples.jsonl", "timing.jsonl"
 # What TRL logs, by our name; RLOO clips whole answers and GRPO tokens.
 LOGGED = {
     "policy_loss": "loss",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
     "clip_fraction": "clip_ratio/region_mean",
-    "same_rewards": "frac_reward_zero_std",
 }
-UNKNOWN = {"ratio_std": 0.0, "value_loss": 0.0}  # what PPO's checks read and TRL does not log
 
 
 class Conductor(TrainerCallback):
     """Lines first, then the checkpoint that counts them."""
 
     def __init__(
-        self, *, answers: Answers, monitor: Monitor, folder: Path, out: Path, settings: Any
+        self, *, answers: Answers, monitor: Monitor, folder: Path, out: Path, settings: CriticFree
     ) -> None:
         self.answers, self.monitor = answers, monitor
         self.folder, self.out, self.settings = folder, out, settings
@@ -84,7 +83,7 @@ class Conductor(TrainerCallback):
         Raises:
             StageError: the run cannot recover.
         """
-        reason = hopeless({**UNKNOWN, **measured})
+        reason = hopeless(measured)
         if reason is not None:
             raise StageError(
                 f"training collapsed at iteration {iteration}: {reason}; lower "
@@ -104,9 +103,8 @@ class Conductor(TrainerCallback):
         return {"watch_s": round(time.perf_counter() - started, 4)}
 
     def warn(self, iteration: int) -> None:
-        history = [{**UNKNOWN, **line} for line in self.history]
         best = self.answers.calibration.highest
-        odd = warnings_of(history, settings=self.settings, best_reference=best)
+        odd = warnings_of(self.history, settings=self.settings, best_reference=best)
         self.warned.tell(odd, step=iteration)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -139,8 +137,3 @@ def go_on_from(conductor: Conductor, done: int) -> list[dict[str, float]]:
 def last_line(path: Path) -> Mapping[str, float]:
     *_, (_, found) = read_lines(path)
     return found
-
-
-def append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    with JsonlAppender(path) as appender:
-        appender.append(lines)

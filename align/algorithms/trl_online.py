@@ -28,20 +28,27 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from align.algorithms import checkpoints
 from align.algorithms.fit import GONE, OPTIMIZERS
-from align.algorithms.online import Calibration, Online, open_source, saved_calibration, turn
+from align.algorithms.online import (
+    Calibration,
+    Online,
+    announce,
+    open_source,
+    saved_calibration,
+    turn,
+)
 from align.algorithms.ppo.experience import POLICY, REFERENCE
-from align.algorithms.ppo.monitor import Monitor
-from align.algorithms.ppo.seeds import derived
+from align.algorithms.ppo.measures import CURVES, final_measures
+from align.algorithms.ppo.monitor import monitor_of
 from align.algorithms.ppo.setup import share_of_rate
 from align.algorithms.settings import CriticFree, divisor
 from align.algorithms.trl_answers import Answers
-from align.algorithms.trl_conductor import CURVES, Conductor, go_on_from, last_line
+from align.algorithms.trl_conductor import Conductor, go_on_from, last_line
 from align.artifacts import COUNTS, read_json, write_json
 from align.errors import ConfigError, StageError
 from align.models.adapters import WEIGHTS, save_adapter
 from align.models.roles import Roles
 from align.models.settings import Lora
-from align.process_group import open_ranks
+from align.process_group import PATIENCE, open_ranks
 
 ADAPTER = "default"  # the only name that TRL takes for a policy's adapter
 COPY = "ref"  # what TRL calls its copy of it
@@ -73,7 +80,7 @@ class OwnAnswers:
         set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        settings: Any = self.answers.settings
+        settings = self.answers.settings
         steps, last = settings.epochs * settings.minibatches, settings.iterations - 1
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer if optimizer is None else optimizer,
@@ -110,8 +117,9 @@ def run(
     # It warns of every answer without a reward with all its arguments; we count them.
     logging.getLogger("trl").setLevel(logging.ERROR)
     answers = answers_of(online, settings)
+    monitor = monitor_of(online, answers.roles, answers.source, settings=settings)
     conductor = Conductor(
-        answers=answers, monitor=monitor_of(answers), folder=folder, out=out, settings=settings
+        answers=answers, monitor=monitor, folder=folder, out=out, settings=settings
     )
     trainer = trainer_class(
         model=answers.roles.model,
@@ -145,7 +153,7 @@ def answers_of(online: Online, settings: CriticFree) -> Answers:
         )
     roles = Roles(online.base)
     roles.bind(REFERENCE)
-    source = open_source(online, roles, reward=settings.reward)
+    source = open_source(online, roles, reward=settings.reward, budget=settings.micro_batch_tokens)
     roles.add(ADAPTER, settings=online.adapter, seed=online.seed)
     roles.attach(POLICY, ADAPTER)
     # PEFT's own note of who is at work: TRL goes back to it after each pass of the reference.
@@ -161,19 +169,6 @@ def reclaim(roles: Roles) -> None:
     if COPY in roles.model.peft_config:
         roles.model.delete_adapter(COPY)
     roles.settle(ADAPTER, None, trained=True)
-
-
-def monitor_of(answers: Answers) -> Monitor:
-    online, settings = answers.online, answers.settings
-    return Monitor(
-        roles=answers.roles,
-        tokenizer=online.tokenizer,
-        questions=online.held_out[: settings.monitor_prompts],
-        source=answers.source,
-        judge=online.monitor,
-        settings=settings,
-        seed=derived(online.seed, "monitor"),
-    )
 
 
 def rows_of(online: Online, settings: CriticFree) -> Dataset:
@@ -226,6 +221,7 @@ def arguments(
         remove_unused_columns=False,
         seed=online.seed,
         use_cpu=cpu,
+        ddp_timeout=int(PATIENCE.total_seconds()),
         ddp_backend="gloo" if cpu and processes > 1 else None,
         ddp_find_unused_parameters=False if processes > 1 else None,
         dataloader_pin_memory=not cpu,
@@ -277,7 +273,7 @@ def train(trainer: Any, conductor: Conductor) -> None:
     calibrate(answers, folder / CALIBRATION)
     if answers.ranks.first:
         conductor.history = go_on_from(conductor, done)
-        announce(answers)
+        announce(answers.online, answers.source, answers.calibration, settings=answers.settings)
     answers.ranks.wait()
     if done >= trainer.args.max_steps:
         return
@@ -300,17 +296,6 @@ def calibrate(answers: Answers, path: Path) -> None:
         write_json(path, answers.calibration.to_json())
 
 
-def announce(answers: Answers) -> None:
-    """One line on what is trained, from what, against what."""
-    online, known = answers.online, answers.calibration
-    print(
-        f"{len(online.questions)} prompts, {len(online.held_out)} watched; reference: base model, "
-        f"adapter off; reward: {answers.source.name}, {known.mean:.3g} ± {known.std:.3g} on the "
-        "reference's answers",
-        flush=True,
-    )
-
-
 def close(answers: Answers, folder: Path, out: Path) -> None:
     """The last checkpoint's adapter and the last line's measures; then the checkpoints go."""
     newest = checkpoints.newest(folder)
@@ -318,22 +303,9 @@ def close(answers: Answers, folder: Path, out: Path) -> None:
     checkpoints.export_adapter(newest, out / "adapter")
     counts = {"reference": "base model, adapter off", "reward": answers.source.name}
     write_json(out / COUNTS, counts)
-    last, settings = last_line(out / CURVES), answers.settings
-    low, high = settings.kl_band
-    watched = [key for key in last if key.startswith("eval_")]
-    write_json(
-        out / "metrics.json",
-        {
-            "train/iterations": settings.iterations,
-            "train/prompts": len(answers.online.questions),
-            "train/answers": settings.iterations * settings.prompts * settings.samples,
-            "train/kl_in_band": float(low <= last["kl"] <= high),
-            **{
-                f"train/{key}": last[key]
-                for key in ("kl", "reward", "entropy", "length", "eos_rate", *watched)
-            },
-        },
-    )
+    last, prompts = last_line(out / CURVES), len(answers.online.questions)
+    found = final_measures(last, settings=answers.settings, prompts=prompts)
+    write_json(out / "metrics.json", found)
     # Renamed first: a folder that stands under this name is always whole.
     gone = folder.with_name(GONE)
     folder.rename(gone)

@@ -10,13 +10,12 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from align.errors import JudgeError
+from align.errors import Interrupted, JudgeError
 from align.interrupt import deferred
 from align.judge import shards
 from align.judge.asker import Asker
 from align.judge.batch_api import BatchApi, Full
 from align.judge.drafting import Drafting, Scan
-from align.judge.openai import Interrupted
 from align.judge.tending import Tending
 from align.notice import notice
 from align.records import Comparison

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align.errors import JudgeError, keyed
+from align.errors import Interrupted, JudgeError, keyed
 from align.interrupt import deferred
 from align.judge.ask import key_of, verdicts_of
 from align.judge.asker import Asker
@@ -251,10 +251,6 @@ class Tally:
                 failed=self.failed,
             )
         )
-
-
-class Interrupted(JudgeError):
-    """Somebody pressed Ctrl-C."""
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from align.artifacts import read_json, write_json
-from align.errors import ConfigError, StageError
+from align.errors import ConfigError, StageError, first_line
 from align.models.settings import Lora
 
 CONFIG = "adapter_config.json"
@@ -71,6 +71,7 @@ def add_lora(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if isinstance(model, PeftModel):
+                config.base_model_name_or_path = str(model.get_base_model().name_or_path)
                 model.add_adapter(name, config)
                 policy = model
             else:
@@ -78,7 +79,7 @@ def add_lora(
     except ValueError as error:
         names = ", ".join(linear_names(model))
         raise ConfigError(
-            f"adapter.target_modules={settings.target_modules}: {str(error).splitlines()[0]}; "
+            f"adapter.target_modules={settings.target_modules}: {first_line(error)}; "
             f"type adapter.target_modules=[…] with some of its linear layers ({names})"
         ) from error
     keep_in_fp32(policy)
@@ -125,10 +126,9 @@ def load_adapter(model: Any, path: Path, *, trainable: bool = False) -> Any:
     try:
         policy = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise StageError(
-            f"{path}: no adapter for this model ({reason}); give the folder that a training on "
-            "the same base wrote"
+            f"{path}: no adapter for this model ({first_line(error)}); give the folder that a "
+            "training on the same base wrote"
         ) from error
     return policy.train(trainable)
 
@@ -156,9 +156,9 @@ def read_adapter(folder: Path) -> Saved:
         config = PeftConfig.from_pretrained(str(folder))
         return Saved(config=config, state=load_file(folder / WEIGHTS))
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise StageError(
-            f"{folder}: no adapter stands there ({reason}); give the folder that a training wrote"
+            f"{folder}: no adapter stands there ({first_line(error)}); give the folder that a "
+            "training wrote"
         ) from error
 
 

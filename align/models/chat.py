@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from align.errors import ConfigError, DataError
+from align.errors import ConfigError, DataError, first_line
 from align.records import Message, Preference
 
 PRIVATE_USE = range(0xE000, 0xF900)
@@ -184,7 +184,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, answered: bool = Fals
         )
     except (TemplateError, ValueError, TypeError) as error:
         roles = " → ".join(message.role for message in messages)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise DataError(
             f"the chat template refuses a conversation of {roles} ({reason}); "
             "mend the prompt's messages or give model.chat_template=FILE"

@@ -145,18 +145,17 @@ def last_hidden(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     Taken by a hook while the outermost wrapper runs, so that data parallelism sees its forward
     pass; the wrapper itself computes logits for the last column alone.
     """
-    bare, seen = unwrapped(model), []
+    seen: list[torch.Tensor] = []
 
     def keep(module: Any, arguments: Any, output: Any) -> None:
         seen.append(output[0])
 
-    handle = bare.base_model.register_forward_hook(keep)
+    handle = unwrapped(model).get_decoder().register_forward_hook(keep)
     try:
         model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
-    hidden: torch.Tensor = seen[0]
-    return hidden
+    return seen[0]
 
 
 @contextmanager
@@ -204,7 +203,7 @@ def probe_head(bare: Any) -> bool:
         seen["given"], seen["logits"] = arguments[0], output
 
     hooks = [
-        bare.base_model.register_forward_hook(keep_hidden),
+        bare.get_decoder().register_forward_hook(keep_hidden),
         bare.get_output_embeddings().register_forward_hook(keep_head),
     ]
     try:
@@ -213,8 +212,6 @@ def probe_head(bare: Any) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    if "hidden" not in seen:  # the model calls a part of its decoder (OPT)
-        return False
     same_hidden = torch.equal(seen["hidden"].float(), seen["given"].float())
     return same_hidden and torch.equal(seen["logits"].float(), logits.float())
 

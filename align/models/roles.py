@@ -143,7 +143,6 @@ class Roles:
         weight = saved.state.pop(HEAD, None)
         saved.config.task_type, saved.config.modules_to_save = "CAUSAL_LM", None
         saved.config.exclude_modules = None  # the head, which the base has not
-        saved.config.base_model_name_or_path = None  # it may have moved since; PEFT would warn
         width = self.model.config.get_text_config().hidden_size
         if weight is not None and weight.numel() != width:
             raise unfit(folder, f"its head takes {weight.numel()} values, the base gives {width}")
@@ -171,6 +170,8 @@ class Roles:
         Raises:
             ValueError, RuntimeError: they are not all there, or not of the base's shapes.
         """
+        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        config.base_model_name_or_path = str(inner.name_or_path)  # where it stands now
         if isinstance(self.model, PeftModel):
             self.model.add_adapter(name, config)
         else:
@@ -250,6 +251,29 @@ class Roles:
             self.recomputed += [
                 m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
             ]
+        for model in models:
+            self.check_still(model)
+
+    @torch.enable_grad()
+    def check_still(self, model: Any) -> None:
+        """Some layers (OPT's) draw dropout by the same flag that arms their recomputation.
+
+        Raises:
+            StageError: two passes differ.
+        """
+        ids = torch.tensor([[1, 2]], device=model.device)
+        for layer in self.recomputed:
+            layer.training = True
+        try:
+            one, other = (model(input_ids=ids, use_cache=False).logits.detach() for _ in range(2))
+        finally:
+            for layer in self.recomputed:
+                layer.training = False
+        if not torch.equal(one, other):
+            raise StageError(
+                "algorithm.gradient_checkpointing=true: recomputation would switch on the dropout "
+                "in this model's layers; type algorithm.gradient_checkpointing=false"
+            )
 
     def same_role(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """What surrounds a layer's forward pass and its recomputation."""

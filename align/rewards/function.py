@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
-from align.errors import ConfigError, StageError
+from align.errors import ConfigError, StageError, first_line
 from align.rewards.source import Sample
 
 
@@ -63,8 +63,9 @@ class FunctionReward:
     def refused(self, what: str, remedy: str) -> StageError:
         told = " ".join(what.split())
         return StageError(
-            f"algorithm.reward={self.name}: {told}; {remedy}, and the same command goes on from "
-            "the last checkpoint"
+            f"algorithm.reward={self.name}: {told}; {remedy}. The same command goes on from the "
+            "last checkpoint; with another text of the function's module it is another training, "
+            "and begins anew"
         )
 
 
@@ -80,14 +81,16 @@ def found(path: str) -> Callable[[list[Any], list[str]], Any]:
     """
     module, _, name = path.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
-    except ImportError as error:
+        imported = importlib.import_module(module)
+    except Exception as error:  # whatever stands in a user's file
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        remedy = "put its folder on PYTHONPATH" if isinstance(error, ImportError) else "mend it"
         raise ConfigError(
-            f"algorithm.reward={path}: {module} cannot be imported ({error}); put its folder on "
-            "PYTHONPATH"
+            f"algorithm.reward={path}: {module} cannot be imported ({reason}); {remedy}"
         ) from error
-    except AttributeError as error:
-        raise ConfigError(f"algorithm.reward={path}: {module} has no {name}; check it") from error
+    function = getattr(imported, name, None)
+    if function is None:
+        raise ConfigError(f"algorithm.reward={path}: {module} has no {name}; check it")
     if not callable(function):
         raise ConfigError(f"algorithm.reward={path}: {name} is no function; name one")
     return function  # type: ignore[no-any-return]

@@ -23,9 +23,21 @@ class RoleReward:
     counts whatever padding is. Without one, the implicit reward against the bare base.
     """
 
-    def __init__(self, roles: Roles, *, role: str = "reward", beta: float | None = None) -> None:
-        """`beta`: of an implicit reward; None: the role has a head."""
+    def __init__(
+        self,
+        roles: Roles,
+        *,
+        role: str = "reward",
+        beta: float | None = None,
+        budget: int | None = None,
+    ) -> None:
+        """
+        Args:
+            beta: of an implicit reward; None: the role has a head.
+            budget: padded tokens of a forward pass; None: what suits the device.
+        """
         self.roles, self.role, self.name, self.beta = roles, role, role, beta
+        self.budget = budget or default_budget(roles.model.device)
         self.bare = f"{role}_base"
         if beta is not None:
             roles.bind(self.bare)
@@ -36,7 +48,7 @@ class RoleReward:
         lengths = [len(row) for row in rows]
         found: list[float | None] = [None] * len(rows)
         device = self.roles.model.device
-        for batch in token_budget_batches(lengths, budget=default_budget(device)):
+        for batch in token_budget_batches(lengths, budget=self.budget):
             mine = [rows[i] for i in batch]
             packed = collate(mine, device=device)
             if self.beta is None:

@@ -7,6 +7,7 @@ looking at what is done, so a resumed run computes the same batches, down to the
 """
 
 import hashlib
+import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -174,12 +175,17 @@ def draw(
         uniform = torch.tensor([row.noise[step] for row in alive], device=logits.device)
         tokens, logprobs = next_tokens(logits, uniform, settings=settings)
         for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+            if math.isnan(logprob):
+                raise StageError(
+                    "the model's logits are no numbers; with model.dtype=float16 its activations "
+                    "overflow: type model.dtype=bfloat16, or float32"
+                )
             if not done[i]:
                 alive[i].tokens.append(token)
                 alive[i].logprobs.append(logprob)
                 if token in ends:
                     alive[i].finish, done[i] = "eos", True
-        if all(done):
+        if all(done) or step + 1 == settings.max_new_tokens:
             return
         # 3. Finished rows leave the batch once there are enough of them.
         if sum(done) > DROP_SHARE * len(done):
@@ -247,6 +253,7 @@ def next_tokens(
         uniform.double()[:, None] * total, total.nextafter(torch.zeros_like(total))
     )
     tokens = torch.searchsorted(cumulative, target, right=True)
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # NaN stands behind all; a GPU would abort
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
 

@@ -54,6 +54,15 @@ def failing_later(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[f
     return noted(prompts, responses)
 
 
+def one_or_none(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+    return [None if i % 3 == 0 else 1.0 for i in range(len(responses))]
+
+
+def in_full(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    return long_words(prompts, responses)
+
+
 def every_third_missing(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
     given: list[float | None] = list(long_words(prompts, responses))
     return [None if i % 3 == 0 else value for i, value in enumerate(given)]
@@ -269,6 +278,22 @@ def test_an_answer_without_a_reward_teaches_nothing(
     told = capsys.readouterr()
     assert "have no reward and teach nothing" in told.err
     assert "All reward functions returned None" not in told.err + told.out
+
+
+@BOTH
+def test_an_answer_without_a_reward_moves_nothing(name: str, tiny: Model, tmp_path: Path) -> None:
+    """Neither do those that all got the same: what is left is the adapter of the start."""
+    changes = {"calibrate": False, "beta": 0.0, "iterations": 2, "monitor_every": 9}
+    out = train(name, tiny, tmp_path, reward=f"{HERE}:one_or_none", **changes)
+    line = lines(out)[-1]
+    assert 0 < line["taught"] < 1 and line["same_rewards"] == 1
+    moved = load_file(out / "adapter" / WEIGHTS)
+    assert not any(value.any() for key, value in moved.items() if "lora_B" in key)
+
+
+def test_a_source_of_rewards_runs_outside_of_mixed_precision(tiny: Model, tmp_path: Path) -> None:
+    given = online(replace(tiny, dtype="bfloat16"))
+    train("rloo", tiny, tmp_path, given=given, reward=f"{HERE}:in_full", iterations=1)
 
 
 @BOTH

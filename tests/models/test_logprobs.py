@@ -22,7 +22,7 @@ from transformers import (
 
 from align.models import logprobs
 from align.models.adapters import add_lora
-from align.models.logprobs import Row, collate, sequence_logprobs, token_logprobs
+from align.models.logprobs import Row, collate, last_hidden, sequence_logprobs, token_logprobs
 from align.models.settings import Lora
 
 SHAPE: dict[str, Any] = {
@@ -62,7 +62,7 @@ def granite() -> Any:
 
 
 def opt() -> Any:
-    """Its model runs the decoder's inside, so nothing can be hooked between the two."""
+    """Its model calls a decoder inside of it, and does not itself run."""
     shape = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
     return OPTForCausalLM(OPTConfig(**shape, **layers, pad_token_id=0, eos_token_id=2))
@@ -94,6 +94,15 @@ def test_equal_the_naive_logits_in_float64(make: Any) -> None:
         counted = found[i][batch.response_mask[i]]
         torch.testing.assert_close(counted, naive(model, row), rtol=0, atol=1e-9)
     assert not found[~batch.response_mask].any()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, opt])
+def test_the_last_hidden_states_are_what_the_head_reads(make: Any) -> None:
+    torch.manual_seed(0)
+    model, ids = make().double().eval(), collate(rows()).input_ids
+    with torch.no_grad():
+        found = model.get_output_embeddings()(last_hidden(model, ids))
+        torch.testing.assert_close(found, model(input_ids=ids).logits, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from align.errors import StageError
 from align.models.adapters import save_adapter
@@ -193,6 +193,19 @@ def test_after_a_pass_of_the_base_alone_training_keeps_its_gradient_through_4_bi
     joint_loss(roles).backward()
     for key, gradient in gradients(roles).items():
         assert torch.equal(gradient, first[key]), key
+
+
+def test_layers_that_would_draw_dropout_are_not_recomputed(lora: Lora, tmp_path: Path) -> None:
+    """OPT's: the flag that arms recomputation is the one that its dropout reads."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 96, "num_attention_heads": 4}
+    config = OPTConfig(**shape, vocab_size=128, word_embed_proj_dim=64, dropout=0.1)
+    roles = Roles(OPTForCausalLM(config).eval())
+    roles.add("policy", settings=lora, seed=0)
+    with torch.no_grad():
+        one, other = (logprobs(roles, "policy") for _ in range(2))
+    assert torch.equal(one, other)
+    with pytest.raises(StageError, match=r"type algorithm\.gradient_checkpointing=false"):
+        roles.recompute()
 
 
 def test_a_step_at_a_small_learning_rate_moves_adapters_on_a_bf16_base(

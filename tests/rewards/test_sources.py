@@ -114,6 +114,24 @@ def test_a_function_that_is_not_there_is_one_line(path: str, says: str) -> None:
         FunctionReward(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def f(:", r"cannot be imported \(SyntaxError: .*; mend it"),
+        ("import os\nos.environ['NO_SUCH_KEY']", r"\(KeyError: 'NO_SUCH_KEY'\); mend it"),
+        ("import os\nos.no_such", r"\(AttributeError: .*; mend it"),
+    ],
+)
+def test_a_module_that_fails_when_it_is_imported_is_one_line(
+    text: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_rewards.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=says) as raised:
+        FunctionReward("broken_rewards:f")
+    assert "\n" not in str(raised.value)
+
+
 def test_what_a_setting_names_is_told_by_its_form(tmp_path: Path) -> None:
     found = [kind_of(name) for name in ("role", "judge", "a.b:c", str(tmp_path), "owner/name")]
     assert found == ["role", "judge", "function", "model", "model"]

@@ -135,3 +135,18 @@ def test_prompts_longer_than_the_window_are_cut_and_say_so(tiny):
     found = drawn(tiny, max_new_tokens=232)
     assert found["p8"].meta["cut"] > 0
     assert "cut" not in found["p0"].meta
+
+
+def test_logits_that_are_no_numbers_are_one_line(tiny):
+    import torch
+
+    from align.models.load import load_model, load_tokenizer
+    from align.samplers.hf import lay_out, sample
+
+    model, tokenizer = load_model(tiny), load_tokenizer(tiny)
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, given, logits: torch.full_like(logits, torch.nan)
+    )
+    layout = lay_out(model, tokenizer, PROMPTS, settings=SETTINGS)
+    with pytest.raises(StageError, match=r"type model\.dtype=bfloat16"):
+        list(sample(model, tokenizer, PROMPTS, layout=layout, settings=SETTINGS, seed=0, skip=0))

@@ -91,7 +91,7 @@ def gae(
     """
     values = values * response_mask
     advantages = torch.zeros_like(values)
-    last = response_mask.sum(-1) - 1
+    last = (response_mask.sum(-1) - 1).clamp(min=0)  # of a row that teaches nothing none counts
     following = torch.zeros_like(values)
     following[:, :-1] = values[:, 1:]
     if bootstrap is not None:

@@ -2,12 +2,14 @@
 advantages.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from align.algorithms.online import Calibration
 from align.algorithms.ppo.advantages import (
     Estimated,
     gae,
@@ -18,7 +20,7 @@ from align.algorithms.ppo.advantages import (
 )
 from align.algorithms.ppo.loss import importance_weight
 from align.algorithms.ppo.rollout import Rollouts
-from align.algorithms.settings import Ppo
+from align.algorithms.settings import CriticFree, OnAnswers, Ppo
 from align.models.logprobs import (
     Row,
     collate,
@@ -27,6 +29,7 @@ from align.models.logprobs import (
     token_budget_batches,
 )
 from align.models.roles import Roles
+from align.rewards.source import Sample, Source
 
 POLICY, REFERENCE, VALUE, REWARD = "policy", "reference", "value", "reward"
 
@@ -74,8 +77,29 @@ class Experience:
         return found * self.rollouts.response_mask()
 
 
+def scored(
+    rollouts: Rollouts,
+    seen: Passes,
+    raw: torch.Tensor,
+    *,
+    calibration: Calibration,
+    settings: OnAnswers,
+) -> Experience:
+    """What an iteration learns from.
+
+    Args:
+        raw: [N], rewards as their source gave them; NaN where it gave none.
+    """
+    scores = final_scores(
+        raw.nan_to_num(calibration.mean), rollouts.ended,
+        mean=calibration.mean, std=calibration.std, settings=settings,
+    )  # fmt: skip
+    taught = ~raw.isnan()
+    return Experience(rollouts=rollouts, passes=seen, scores=scores, raw=raw, taught=taught)
+
+
 @torch.no_grad()
-def passes(roles: Roles, rollouts: Rollouts, *, settings: Ppo) -> Passes:
+def passes(roles: Roles, rollouts: Rollouts, *, settings: Ppo | CriticFree) -> Passes:
     """One forward pass of policy and reference each, and of the value role where it has its own
     adapter.
     """
@@ -100,7 +124,9 @@ def passes(roles: Roles, rollouts: Rollouts, *, settings: Ppo) -> Passes:
     )
 
 
-def batch_passes(roles: Roles, rows: Sequence[Row], *, settings: Ppo) -> dict[str, torch.Tensor]:
+def batch_passes(
+    roles: Roles, rows: Sequence[Row], *, settings: Ppo | CriticFree
+) -> dict[str, torch.Tensor]:
     """Of each token that counts, row after row, [M]: log-probabilities, entropy and value."""
     packed = collate(rows, device=roles.model.device)
     given: dict[str, Any] = {
@@ -127,11 +153,18 @@ def values_of(
     """[M], the value role's V of the state in which each token that counts was chosen: from the
     position before it.
     """
-    rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)
-    with roles.role(VALUE) as model:
-        hidden = last_hidden(model, input_ids)[rows, columns]
-        found: torch.Tensor = roles.head(VALUE)(hidden)
+    given = {"input_ids": input_ids, "response_mask": response_mask}
+    found: torch.Tensor = roles.head(VALUE)(hidden_before(roles, VALUE, **given))
     return found
+
+
+def hidden_before(
+    roles: Roles, role: str, *, input_ids: torch.Tensor, response_mask: torch.Tensor
+) -> torch.Tensor:
+    """[M, H], a role's last hidden state at the position before each token that counts."""
+    rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)
+    with roles.role(role) as model:
+        return last_hidden(model, input_ids)[rows, columns]
 
 
 def last_value(roles: Roles, rows: Sequence[Row]) -> torch.Tensor:
@@ -187,8 +220,14 @@ def sampler_weights(experience: Experience, *, settings: Ppo) -> torch.Tensor:
     return importance_weight(old, drawn, most=settings.importance_cap)
 
 
+def raw_rewards(source: Source, samples: Sequence[Sample]) -> torch.Tensor:
+    """[N], what a source gives; NaN where it gives nothing."""
+    given = source.scores(samples)
+    return torch.tensor([math.nan if value is None else value for value in given])
+
+
 def final_scores(
-    raw: torch.Tensor, ended: torch.Tensor, *, mean: float, std: float, settings: Ppo
+    raw: torch.Tensor, ended: torch.Tensor, *, mean: float, std: float, settings: OnAnswers
 ) -> torch.Tensor:
     """[N], what a source's scores count: calibrated, clipped, and where an answer was cut, what the
     settings say.

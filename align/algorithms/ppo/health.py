@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from align.algorithms.settings import Ppo
+from align.algorithms.settings import OnAnswers
 
 History = Sequence[Mapping[str, float]]  # measures by iteration, the newest last
 
@@ -17,13 +17,15 @@ SURE = 2.0  # standard errors by which a win rate must have fallen
 
 def hopeless(measured: Mapping[str, float]) -> str | None:
     """Why a run cannot recover, None where it can."""
-    for key in ("policy_loss", "value_loss", "grad_norm", "kl"):
-        if not math.isfinite(measured[key]):
+    for key in ("policy_loss", "value_loss", "grad_norm", "value_grad_norm", "kl"):
+        if not math.isfinite(measured.get(key, 0.0)):
             return f"{key} is {measured[key]}"
     return None
 
 
-def warnings_of(history: History, *, settings: Ppo, best_reference: float | None) -> dict[str, str]:
+def warnings_of(
+    history: History, *, settings: OnAnswers, best_reference: float | None
+) -> dict[str, str]:
     """What is odd in the newest iteration, by a short name.
 
     Args:
@@ -37,17 +39,16 @@ def warnings_of(history: History, *, settings: Ppo, best_reference: float | None
     }
 
 
-def of_the_policy(history: History, settings: Ppo) -> dict[str, str]:
+def of_the_policy(history: History, settings: OnAnswers) -> dict[str, str]:
     """How far it moves, and where it stands."""
     now, first = history[-1], history[0]
     found: dict[str, str] = {}
     if now["kl"] < -max(1.0, 3 * now["kl_error"]):
         found["negative_kl"] = (
             f"KL is {now['kl']:.2f} nats an answer, and a KL cannot be negative: the answers were "
-            "not drawn from the policy that scores them. Check algorithm.top_p=1, "
-            "algorithm.top_k=0 and, with a sampler of its own, algorithm.importance_cap=2"
+            "not drawn from the policy that scores them. Type algorithm.top_p=1 algorithm.top_k=0"
         )
-    if now["ratio_std"] > FAR_RATIO:
+    if now.get("ratio_std", 0.0) > FAR_RATIO:
         found["ratio"] = (
             f"the policy moves far within one iteration (the probability ratio spreads by "
             f"{now['ratio_std']:.2f}). Lower algorithm.learning_rate (now "
@@ -94,7 +95,9 @@ def of_the_answers(history: History) -> dict[str, str]:
     return found
 
 
-def of_the_rewards(history: History, settings: Ppo, best_reference: float | None) -> dict[str, str]:
+def of_the_rewards(
+    history: History, settings: OnAnswers, best_reference: float | None
+) -> dict[str, str]:
     """Whether they can be trusted still."""
     now = history[-1]
     found: dict[str, str] = {}

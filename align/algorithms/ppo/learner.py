@@ -12,12 +12,13 @@ from align.algorithms.ppo.experience import (
     POLICY,
     VALUE,
     Experience,
+    hidden_before,
     sampler_weights,
     values_of,
 )
 from align.algorithms.ppo.loss import kl_loss, policy_loss, value_loss
 from align.algorithms.settings import Ppo
-from align.models.logprobs import collate, scored_tokens, token_budget_batches
+from align.models.logprobs import Row, collate, scored_tokens, token_budget_batches
 from align.models.roles import Roles
 from align.process_group import Ranks
 
@@ -25,11 +26,14 @@ Sums = dict[str, torch.Tensor]
 MEASURED = (
     "policy_loss", "value_loss", "kl_loss", "clipped", "approx_kl", "ratio", "ratio_squared",
 )  # fmt: skip
+PER_STEP = ("grad_norm", "value_grad_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flat:
-    """The tokens of some rows that count, one after the other; each [M]."""
+    """What each token is learnt from: [N, R] of all answers, or [M] of the tokens of some rows that
+    count, one after the other.
+    """
 
     old_logprobs: torch.Tensor
     reference_logprobs: torch.Tensor
@@ -37,6 +41,27 @@ class Flat:
     advantages: torch.Tensor
     returns: torch.Tensor
     weights: torch.Tensor
+
+    def of(self, rows: Sequence[int], mask: torch.Tensor, *, device: torch.device) -> "Flat":
+        """The tokens of some rows that `mask` [N, R] counts, in the order in which a forward pass
+        gives them.
+        """
+        where = torch.tensor(rows)
+        counted = mask[where]
+        parts = {key: value[where][counted].to(device) for key, value in vars(self).items()}
+        return Flat(**parts)
+
+
+def lessons(experience: Experience, estimated: Estimated, *, settings: Ppo) -> Flat:
+    """Of all answers, [N, R] each."""
+    return Flat(
+        old_logprobs=experience.passes.logprobs,
+        reference_logprobs=experience.passes.reference_logprobs,
+        old_values=experience.passes.values,
+        advantages=estimated.advantages,
+        returns=estimated.returns,
+        weights=sampler_weights(experience, settings=settings),
+    )
 
 
 @dataclass(kw_only=True)
@@ -59,58 +84,78 @@ class Learner:
         2. Each minibatch's rows in micro-batches, shared out among the processes.
         3. Gradients are sums over tokens, divided by the tokens of the whole minibatch, so no
            split of it changes them.
-        4. The epochs end early when the policy has moved further than `target_kl`.
+        4. The epochs end before a step from which the policy is already further than `target_kl`.
         """
-        measured = {key: 0.0 for key in (*MEASURED, "tokens", "grad_norm", "steps")}
+        measured = {key: 0.0 for key in (*MEASURED, *PER_STEP, "tokens", "steps")}
         warming = iteration < self.settings.critic_warmup and self.settings.value != "none"
+        mask, whole = experience.mask(), lessons(experience, estimated, settings=self.settings)
         for epoch in range(self.settings.epochs):
             order = minibatches(
                 experience.rollouts.groups, count=self.settings.minibatches,
                 key=(self.seed, iteration, epoch),
             )  # fmt: skip
             for rows in order:
-                step = self.step(rows, experience, estimated, warming=warming, first=epoch == 0)
+                taught = [i for i in rows if bool(mask[i].any())]
+                if not taught:
+                    continue
+                step = self.step(taught, experience.rollouts.rows, whole, mask, warming=warming)
                 for key, value in step.items():
                     measured[key] += value
-                far = step["approx_kl"] / max(step["tokens"], 1)
-                if self.settings.target_kl is not None and far > self.settings.target_kl:
-                    measured["stopped_early"] = 1.0
-                    return averaged(measured)
+                if not step["steps"]:
+                    return averaged(measured) | {"stopped_early": 1.0}
         return averaged(measured)
 
     def step(
         self,
         rows: Sequence[int],
-        experience: Experience,
-        estimated: Estimated,
+        answers: Sequence[Row],
+        lesson: Flat,
+        mask: torch.Tensor,
         *,
         warming: bool,
-        first: bool,
     ) -> dict[str, float]:
-        """One optimizer step on the minibatch of `rows`."""
-        mask = experience.mask()
-        rows = [i for i in rows if bool(experience.taught[i])]
-        tokens = int(mask[rows].sum()) if rows else 0
-        if tokens == 0:
-            return {key: 0.0 for key in (*MEASURED, "tokens", "grad_norm", "steps")}
-        trained = self.trained(warming=warming)
+        """One optimizer step on the minibatch of `rows`; none, and `steps` 0, where the policy has
+        already moved too far.
+
+        Args:
+            lesson: [N, R], of all answers.
+            mask: [N, R], True where a token counts and teaches.
+        """
+        tokens = int(mask[rows].sum())
         self.totals = {key: torch.zeros((), device=self.roles.model.device) for key in MEASURED}
-        lengths = [len(experience.rollouts.rows[i]) for i in rows]
+        lengths = [len(answers[i]) for i in rows]
         batches = list(token_budget_batches(lengths, budget=self.settings.micro_batch_tokens))
         for batch in batches[self.ranks.index :: self.ranks.count]:
             mine = [rows[i] for i in batch]
-            self.accumulate(mine, experience, estimated, tokens=tokens, warming=warming)
+            flat = lesson.of(mine, mask, device=self.roles.model.device)
+            self.accumulate([answers[i] for i in mine], flat, warming=warming)
+        trained = self.trained(warming=warming)
         self.ranks.add_gradients(trained)
-        norm = 0.0
+        summed = self.ranks.summed(torch.stack([self.totals[key] for key in MEASURED]))
+        found = dict(zip(MEASURED, summed.tolist(), strict=True)) | {"tokens": float(tokens)}
+        most = self.settings.target_kl
+        if most is not None and found["approx_kl"] / tokens > most:
+            self.optimizer.zero_grad(set_to_none=True)
+            return {**found, "steps": 0.0}
+        # Here rather than in the loss: small gradients would vanish in a half precision base.
+        for parameter in trained:
+            if parameter.grad is not None:
+                parameter.grad /= tokens
+        norms = self.clip_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**found, **norms, "steps": 1.0}
+
+    def clip_gradients(self) -> dict[str, float]:
+        """Policy and value function each to the same norm; returns what theirs was."""
+        found = {}
         for group in self.optimizer.param_groups:
             given = [p for p in group["params"] if p.grad is not None]
             if given:
-                norm += float(torch.nn.utils.clip_grad_norm_(given, self.settings.max_grad_norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        summed = self.ranks.summed(torch.stack([self.totals[key] for key in MEASURED]))
-        found = dict(zip(MEASURED, summed.tolist(), strict=True))
-        return {**found, "tokens": float(tokens), "grad_norm": norm, "steps": 1.0}
+                norm = torch.nn.utils.clip_grad_norm_(given, self.settings.max_grad_norm)
+                key = "grad_norm" if group["role"] == POLICY else "value_grad_norm"
+                found[key] = float(norm)
+        return found
 
     def trained(self, *, warming: bool) -> list[torch.nn.Parameter]:
         """What a step changes: while the critic warms up, the policy stands still."""
@@ -118,19 +163,10 @@ class Learner:
         chosen = [group for group in groups if not (warming and group["role"] == POLICY)]
         return [parameter for group in chosen for parameter in group["params"]]
 
-    def accumulate(
-        self,
-        rows: Sequence[int],
-        experience: Experience,
-        estimated: Estimated,
-        *,
-        tokens: int,
-        warming: bool,
-    ) -> None:
-        """Adds the gradients of some rows of a minibatch of `tokens` tokens."""
+    def accumulate(self, answers: Sequence[Row], flat: Flat, *, warming: bool) -> None:
+        """Adds the gradients of some answers, summed over their tokens."""
         device = self.roles.model.device
-        flat = flattened(rows, experience, estimated, settings=self.settings, device=device)
-        packed = collate([experience.rollouts.rows[i] for i in rows], device=device)
+        packed = collate(answers, device=device)
         given: dict[str, Any] = {
             "input_ids": packed.input_ids, "response_mask": packed.response_mask
         }  # fmt: skip
@@ -142,17 +178,17 @@ class Learner:
             if self.settings.value == "trunk":
                 values = self.roles.head(VALUE)(found.hidden)
         elif self.settings.value == "trunk":
-            with torch.no_grad(), self.roles.role(POLICY) as model:
-                hidden = scored_tokens(model, **given).hidden
+            with torch.no_grad():  # the trunk is the policy's, which stands still
+                hidden = hidden_before(self.roles, POLICY, **given)
             values = self.roles.head(VALUE)(hidden)
         if self.settings.value == "adapter":
             if loss.requires_grad:  # the policy's activations go before the value's come
-                torch.autograd.backward(loss / tokens)
+                torch.autograd.backward(loss)
                 loss = torch.zeros((), device=device)
             values = values_of(self.roles, **given)
         if values is not None:
             loss = loss + self.settings.value_coef * self.value_term(values, flat)
-        torch.autograd.backward(loss / tokens)
+        torch.autograd.backward(loss)
 
     def policy_term(self, logprobs: torch.Tensor, flat: Flat) -> torch.Tensor:
         """Summed over tokens."""
@@ -196,37 +232,13 @@ def minibatches(groups: torch.Tensor, *, count: int, key: tuple[int, ...]) -> It
         yield torch.isin(groups, torch.from_numpy(part)).nonzero()[:, 0].tolist()
 
 
-def flattened(
-    rows: Sequence[int],
-    experience: Experience,
-    estimated: Estimated,
-    *,
-    settings: Ppo,
-    device: torch.device,
-) -> Flat:
-    """The rows' tokens in the order in which a forward pass gives them."""
-    where = torch.tensor(rows)
-    mask = experience.mask()[where]
-
-    def chosen(values: torch.Tensor) -> torch.Tensor:
-        return values[where][mask].to(device)
-
-    return Flat(
-        old_logprobs=chosen(experience.passes.logprobs),
-        reference_logprobs=chosen(experience.passes.reference_logprobs),
-        old_values=chosen(experience.passes.values),
-        advantages=chosen(estimated.advantages),
-        returns=chosen(estimated.returns),
-        weights=chosen(sampler_weights(experience, settings=settings)),
-    )
-
-
 def averaged(measured: dict[str, float]) -> dict[str, float]:
     """Means over tokens, and over steps of what is one number a step."""
     tokens, steps = max(measured.pop("tokens"), 1.0), max(measured["steps"], 1.0)
     ratio = measured.pop("ratio") / tokens
     squared = measured.pop("ratio_squared") / tokens
-    measured["grad_norm"] /= steps
+    for key in PER_STEP:
+        measured[key] /= steps
     for key in ("policy_loss", "value_loss", "kl_loss", "approx_kl"):
         measured[key] /= tokens
     measured["clip_fraction"] = measured.pop("clipped") / tokens

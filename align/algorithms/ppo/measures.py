@@ -2,7 +2,9 @@
 
 import math
 import resource
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +12,19 @@ import torch
 from align.algorithms.online import Calibration
 from align.algorithms.ppo.advantages import explained_variance, k3, masked_mean
 from align.algorithms.ppo.experience import Experience
-from align.algorithms.settings import Ppo
+from align.algorithms.settings import OnAnswers
+from align.jsonl import JsonlAppender
 from align.rewards.source import Sample
+
+CURVES, SAMPLES, TIMING = "curves.jsonl", "samples.jsonl", "timing.jsonl"
 
 
 def measures(
-    experience: Experience, returns: torch.Tensor, *, calibration: Calibration, settings: Ppo
+    experience: Experience, returns: torch.Tensor, *, calibration: Calibration, settings: OnAnswers
 ) -> dict[str, float]:
-    """Of the answers, before they are learnt from. Rewards are raw, `score` is what they count; KL
-    is in nats an answer, entropy in nats a token, length in tokens with the end of turn.
+    """Of the answers, of which some have a reward, before they are learnt from. Rewards are raw,
+    `score` is what they count; KL is in nats an answer, entropy in nats a token, length in tokens
+    with the end of turn.
     """
     mask, seen = experience.rollouts.response_mask(), experience.passes
     kl = experience.kl().sum(-1)
@@ -26,10 +32,11 @@ def measures(
     far = ((raw - calibration.mean) / calibration.std).abs() > settings.reward_clip
     gap = (seen.logprobs - experience.rollouts.sampler_logprobs).abs()
     return {
-        "reward": float(raw.mean()) if len(raw) else 0.0,
-        "reward_std": float(raw.std(correction=0)) if len(raw) else 0.0,
-        "score": float(experience.scores.mean()),
-        "clipped_rewards": float(far.float().mean()) if len(raw) else 0.0,
+        "reward": float(raw.mean()),
+        "reward_std": float(raw.std(correction=0)),
+        "score": float(experience.scores[experience.taught].mean()),
+        "clipped_rewards": float(far.float().mean()),
+        "same_rewards": same_rewards(experience),
         "taught": float(experience.taught.float().mean()),
         "kl": float(kl.mean()),
         "kl_error": float(kl.std(correction=0) / len(kl) ** 0.5),
@@ -40,6 +47,16 @@ def measures(
         "eos_rate": float(experience.rollouts.ended.float().mean()),
         "sampler_gap": float(masked_mean(gap, mask)),
     }
+
+
+def same_rewards(experience: Experience) -> float:
+    """Share of the prompts whose rewarded answers all got one reward: nothing tells them apart."""
+    taught = experience.taught
+    given: dict[int, set[float]] = defaultdict(set)
+    groups, raw = experience.rollouts.groups[taught], experience.raw[taught]
+    for group, reward in zip(groups.tolist(), raw.tolist(), strict=True):
+        given[group].add(reward)
+    return sum(len(rewards) == 1 for rewards in given.values()) / len(given)
 
 
 def told(
@@ -70,6 +87,31 @@ def told(
         }
         for i in order[places].tolist()
     ]
+
+
+def final_measures(
+    last: Mapping[str, float], *, settings: OnAnswers, prompts: int
+) -> dict[str, float]:
+    """Of the last iteration, and how much was sampled; flat, `train/…`.
+
+    Args:
+        prompts: how many were trained on.
+    """
+    low, high = settings.kl_band
+    watched = [key for key in last if key.startswith("eval_")]
+    kept = ("kl", "reward", "entropy", "length", "eos_rate", *watched)
+    return {
+        "train/iterations": settings.iterations,
+        "train/prompts": prompts,
+        "train/answers": settings.iterations * settings.prompts * settings.samples,
+        "train/kl_in_band": float(low <= last["kl"] <= high),
+        **{f"train/{key}": last[key] for key in kept},
+    }
+
+
+def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    with JsonlAppender(path) as appender:
+        appender.append(lines)
 
 
 def timing(clock: Mapping[str, float], experience: Experience, *, step: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from align.algorithms.settings import Ppo
+from align.algorithms.settings import OnAnswers
 from align.models.logprobs import Row
 from align.records import Prompt
 from align.rewards.source import Sample
@@ -54,7 +54,7 @@ def padded(values: Sequence[Sequence[float]]) -> torch.Tensor:
     return torch.tensor([[*row, *([0.0] * (width - len(row)))] for row in values])
 
 
-def sampling(settings: Ppo, *, n: int) -> Hf:
+def sampling(settings: OnAnswers, *, n: int) -> Hf:
     return Hf(
         name="hf",
         module=None,

@@ -1,19 +1,18 @@
 """A PPO run as a whole: put together, resumed, brought to its end."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
-from align.algorithms.online import Calibration, Online, open_source, saved_calibration
+from align.algorithms.online import Calibration, Online, announce, open_source, saved_calibration
 from align.algorithms.ppo import state
 from align.algorithms.ppo.learner import Learner
-from align.algorithms.ppo.monitor import Monitor
-from align.algorithms.ppo.seeds import derived
+from align.algorithms.ppo.monitor import monitor_of
 from align.algorithms.ppo.setup import add_policy, add_value, optimizer_of
 from align.algorithms.ppo.trainer import Trainer
 from align.algorithms.ppo.warned import Warned
 from align.algorithms.settings import Ppo
 from align.errors import StageError
 from align.models.roles import Roles
-from align.notice import notice
 from align.process_group import Ranks, open_ranks
 from align.progress import progress_bar
 
@@ -31,32 +30,15 @@ def run(online: Online, *, settings: Ppo, out: Path) -> None:
     trainer = made(online, settings=settings, out=out, ranks=ranks)
     trainer.begin()
     if ranks.first:
-        announce(trainer)
-    shown = progress_bar("train", settings.iterations, unit="answers", done=trainer.iteration)
-    with shown as advance:
+        announce(online, trainer.source, trainer.calibration, settings=settings)
+    with ExitStack() as shown:
+        bar = progress_bar("train", settings.iterations, unit="answers", done=trainer.iteration)
+        advance = shown.enter_context(bar) if ranks.first else None
         for iteration in range(trainer.iteration, settings.iterations):
             note = trainer.iterate(iteration)
-            advance(1, settings.prompts * settings.samples, note)
+            if advance is not None:
+                advance(1, settings.prompts * settings.samples, note)
     trainer.close()
-
-
-def announce(trainer: Trainer) -> None:
-    """One line on what is trained, from what, against what."""
-    settings, online = trainer.settings, trainer.online
-    value = {"trunk": "head on the policy", "adapter": "adapter of its own", "none": "none"}
-    print(
-        f"{len(online.questions)} prompts, {len(online.held_out)} watched; reference: base model, "
-        f"adapter off; reward: {trainer.source.name}, {trainer.calibration.mean:.3g} ± "
-        f"{trainer.calibration.std:.3g} on the reference's answers; value: "
-        f"{value[settings.value]}",
-        flush=True,
-    )
-    if settings.top_p < 1 or settings.top_k > 0:
-        notice(
-            "algorithm.top_p, algorithm.top_k: answers are drawn from a part of the distribution "
-            "and scored under the whole of it, so the ratio is biased by what was left out; type "
-            "algorithm.top_p=1 algorithm.top_k=0"
-        )
 
 
 def made(online: Online, *, settings: Ppo, out: Path, ranks: Ranks) -> Trainer:
@@ -76,10 +58,10 @@ def made(online: Online, *, settings: Ppo, out: Path, ranks: Ranks) -> Trainer:
             f"share them out; type algorithm.prompts={ranks.count}"
         )
     roles = Roles(online.base)
-    source = open_source(online, roles, reward=settings.reward)
+    source = open_source(online, roles, reward=settings.reward, budget=settings.micro_batch_tokens)
     calibration = saved_calibration(online, reward=settings.reward)
     add_policy(roles, online)
-    add_value(roles, online, settings, calibration)
+    add_value(roles, online, settings, calibration if settings.calibrate else None)
     if settings.gradient_checkpointing:
         roles.recompute()
     optimizer = optimizer_of(roles, settings)
@@ -97,13 +79,5 @@ def made(online: Online, *, settings: Ppo, out: Path, ranks: Ranks) -> Trainer:
         learner=Learner(
             roles=roles, settings=settings, optimizer=optimizer, ranks=ranks, seed=online.seed
         ),
-        monitor=Monitor(
-            roles=roles,
-            tokenizer=online.tokenizer,
-            questions=online.held_out[: settings.monitor_prompts],
-            source=source,
-            judge=online.monitor,
-            settings=settings,
-            seed=derived(online.seed, "monitor"),
-        ),
+        monitor=monitor_of(online, roles, source, settings=settings),
     )

@@ -11,7 +11,7 @@ import torch
 from align.algorithms.online import Calibration, Online
 from align.algorithms.ppo.experience import POLICY, REFERENCE, REWARD, VALUE
 from align.algorithms.ppo.seeds import derived
-from align.algorithms.settings import Ppo
+from align.algorithms.settings import OnAnswers, Ppo
 from align.errors import ConfigError
 from align.models.load import load_model
 from align.models.roles import Head, Roles
@@ -83,7 +83,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, iteration: int, *, sett
     return float(optimizer.param_groups[0]["lr"])
 
 
-def share_of_rate(iteration: int, *, settings: Ppo) -> float:
+def share_of_rate(iteration: int, *, settings: OnAnswers) -> float:
     """Rises evenly over the warm-up, then stays or decays to nearly 0."""
     warm = math.ceil(settings.warmup * settings.iterations)
     if iteration < warm:

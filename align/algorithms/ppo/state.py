@@ -2,16 +2,18 @@
 whole or not at all, read without executing anything.
 """
 
+import io
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy
 import torch
 
-from align.errors import StageError
+from align.errors import StageError, first_line
 from align.models.roles import Roles
 
 STATE = "checkpoint.pt"
@@ -22,15 +24,16 @@ def save_state(
     *,
     roles: Roles,
     optimizer: torch.optim.Optimizer,
+    random_states: Sequence[torch.Tensor],
     progress: Mapping[str, Any],
 ) -> None:
-    """Weights of every trained role, optimizer, random states, and `progress`: plain
+    """Weights of every trained role, optimizer, each process's random state, and `progress`: plain
     values.
     """
     state = {
         "trained": {name: [p.detach() for p in parts] for name, parts in trained(roles).items()},
         "optimizer": optimizer.state_dict(),
-        "random": random_state(),
+        "random": list(random_states),
         "progress": dict(progress),
     }
     partial = path.with_suffix(".partial")
@@ -42,9 +45,13 @@ def save_state(
 
 
 def load_state(
-    path: Path, *, roles: Roles, optimizer: torch.optim.Optimizer
+    path: Path, *, roles: Roles, optimizer: torch.optim.Optimizer, rank: int
 ) -> dict[str, Any] | None:
     """Puts everything back and returns `progress`; None where there is no checkpoint.
+
+    Args:
+        rank: whose random state is taken; with more processes than before, the new ones keep
+            theirs.
 
     Raises:
         StageError: the file is damaged.
@@ -58,11 +65,12 @@ def load_state(
                 for parameter, value in zip(parts, state["trained"][name], strict=True):
                     parameter.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
-        restore_random(state["random"])
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+        if rank < len(state["random"]):
+            restore_random(state["random"][rank])
+    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         raise StageError(
-            f"{path}: a damaged checkpoint ({str(error).splitlines()[0]}); remove it, and the same "
-            "command begins this stage anew"
+            f"{path}: a damaged checkpoint ({first_line(error)}); remove it, and the same command "
+            "begins this stage anew"
         ) from error
     progress: dict[str, Any] = state["progress"]
     return progress
@@ -73,21 +81,27 @@ def trained(roles: Roles) -> dict[str, list[torch.nn.Parameter]]:
     return {name: parts for name, parts in found.items() if parts}
 
 
-def random_state() -> dict[str, Any]:
-    """Of this process's generators: the library draws from its own, a user's function may not."""
+def random_state() -> torch.Tensor:
+    """Of this process's generators, as bytes, [n]: the library draws from its own, a user's
+    function may not.
+    """
     version, numbers, gauss = random.getstate()
     drawn: Any = numpy.random.get_state(legacy=True)
     name, keys, position, has_gauss, cached = drawn
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {
+    state = {
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": cuda,
     }
+    written = io.BytesIO()
+    torch.save(state, written)
+    return torch.frombuffer(bytearray(written.getvalue()), dtype=torch.uint8)
 
 
-def restore_random(state: Mapping[str, Any]) -> None:
+def restore_random(saved: torch.Tensor) -> None:
+    state = torch.load(io.BytesIO(saved.numpy().tobytes()), weights_only=True)
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -1,13 +1,11 @@
 """Proximal policy optimization, iteration by iteration: sample, score, estimate, learn."""
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -16,6 +14,8 @@ from align.algorithms.online import (
     Calibration,
     Online,
     calibrated,
+    calibration_questions,
+    check_rewarded,
     turn,
 )
 from align.algorithms.ppo import state
@@ -26,14 +26,24 @@ from align.algorithms.ppo.experience import (
     Experience,
     Passes,
     estimate,
-    final_scores,
     passes,
+    raw_rewards,
+    scored,
 )
 from align.algorithms.ppo.gather import gathered
 from align.algorithms.ppo.health import hopeless, warnings_of
 from align.algorithms.ppo.learner import Learner
 from align.algorithms.ppo.loss import next_beta
-from align.algorithms.ppo.measures import measures, timing, told
+from align.algorithms.ppo.measures import (
+    CURVES,
+    SAMPLES,
+    TIMING,
+    append,
+    final_measures,
+    measures,
+    timing,
+    told,
+)
 from align.algorithms.ppo.monitor import Monitor
 from align.algorithms.ppo.rollout import Question, Rollouts, rollout, samples_of, sampling
 from align.algorithms.ppo.seeds import derived
@@ -42,13 +52,10 @@ from align.algorithms.ppo.warned import Warned
 from align.algorithms.settings import Ppo
 from align.artifacts import COUNTS, write_json
 from align.errors import StageError
-from align.jsonl import JsonlAppender, truncate_lines
+from align.jsonl import truncate_lines
 from align.models.roles import Roles
 from align.process_group import Ranks
 from align.rewards.source import Sample, Source
-
-CURVES, SAMPLES, TIMING = "curves.jsonl", "samples.jsonl", "timing.jsonl"
-CALIBRATED_ON = 256  # answers of the starting policy
 
 
 @dataclass(kw_only=True)
@@ -75,7 +82,7 @@ class Trainer:
         """Goes on from the checkpoint, else calibrates the rewards on the reference's answers."""
         found = state.load_state(
             self.out / state.STATE, roles=self.roles,
-            optimizer=self.learner.optimizer,
+            optimizer=self.learner.optimizer, rank=self.ranks.index,
         )  # fmt: skip
         if found is not None:
             self.iteration, self.beta = found["iteration"], found["beta"]
@@ -92,13 +99,15 @@ class Trainer:
         self.ranks.wait()
 
     def calibrate(self) -> Calibration:
-        """On the reference's answers to the first prompts, each process its share."""
-        count = math.ceil(CALIBRATED_ON / self.settings.samples)
-        mine, first = self.share(self.online.questions[:count])
+        """On the reference's answers to some prompts, each process its share."""
+        asked = calibration_questions(
+            self.online, samples=self.settings.samples, least=self.ranks.count
+        )
+        mine, first = self.share(asked)
         seed = derived(self.online.seed, "calibrate")
         drawn = self.drawn(REFERENCE, mine, first, seed=seed)
         samples = samples_of(drawn, mine, self.online.tokenizer, first_group=first)
-        raw = torch.cat(self.ranks.gathered(self.raw(samples)))
+        raw = torch.cat(self.ranks.gathered(raw_rewards(self.source, samples)))
         return calibrated(raw[~raw.isnan()].tolist(), name=self.source.name)
 
     # One iteration.
@@ -110,6 +119,7 @@ class Trainer:
         experience, samples = self.experience(questions, iteration)
         # 2. What all processes found, shown to all.
         experience = gathered(experience, self.ranks)
+        check_rewarded(experience.taught, reward=self.source.name)
         with self.timed("learn"):
             # 3. Advantages over all rows, then the epochs.
             estimated = estimate(experience, beta=self.beta, settings=self.settings)
@@ -155,12 +165,6 @@ class Trainer:
                 settings=sampling(self.settings, n=self.settings.samples),
             )  # fmt: skip
 
-    def raw(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """[N], what the source gives; NaN where it gives nothing."""
-        with self.timed("reward"):
-            given = self.source.scores(samples)
-        return torch.tensor([math.nan if value is None else value for value in given])
-
     def experience(
         self, questions: Sequence[Question], iteration: int
     ) -> tuple[Experience, list[Sample]]:
@@ -171,12 +175,9 @@ class Trainer:
         with self.timed("score"):
             seen = passes(self.roles, drawn, settings=self.settings)
         samples = samples_of(drawn, mine, self.online.tokenizer, first_group=first)
-        raw, calibration = self.raw(self.known(samples, seen)), self.calibration
-        scores = final_scores(
-            raw.nan_to_num(calibration.mean), drawn.ended,
-            mean=calibration.mean, std=calibration.std, settings=self.settings,
-        )  # fmt: skip
-        found = Experience(rollouts=drawn, passes=seen, scores=scores, raw=raw, taught=~raw.isnan())
+        with self.timed("reward"):
+            raw = raw_rewards(self.source, self.known(samples, seen))
+        found = scored(drawn, seen, raw, calibration=self.calibration, settings=self.settings)
         return found, samples
 
     def known(self, samples: list[Sample], seen: Passes) -> list[Sample]:
@@ -230,20 +231,22 @@ class Trainer:
         self, measured: dict[str, float], samples: Sequence[Sample], experience: Experience
     ) -> None:
         """Lines first, then the checkpoint that counts them."""
+        due = self.iteration % self.settings.checkpoint_every == 0
+        last = self.iteration == self.settings.iterations
+        random_states = self.ranks.gathered(state.random_state()) if due or last else []
         if self.ranks.first:
             append(self.out / CURVES, [{"step": self.iteration, **measured}])
             few = self.settings.logged_samples
             append(self.out / SAMPLES, told(samples, experience, step=self.iteration, few=few))
             append(self.out / TIMING, [timing(self.clock, experience, step=self.iteration)])
-            due = self.iteration % self.settings.checkpoint_every == 0
-            if due or self.iteration == self.settings.iterations:
-                self.save()
+            if random_states:
+                self.save(random_states)
         self.clock.clear()
 
-    def save(self) -> None:
+    def save(self, random_states: Sequence[torch.Tensor]) -> None:
         state.save_state(
             self.out / state.STATE,
-            roles=self.roles, optimizer=self.learner.optimizer,
+            roles=self.roles, optimizer=self.learner.optimizer, random_states=random_states,
             progress={
                 "iteration": self.iteration,
                 "beta": self.beta,
@@ -271,28 +274,12 @@ class Trainer:
                 self.roles.save(VALUE, self.out / "value")
             counts = {"reference": "base model, adapter off", "reward": self.source.name}
             write_json(self.out / COUNTS, counts)
-            write_json(self.out / "metrics.json", self.metrics())
+            last = final_measures(
+                self.history[-1], settings=self.settings, prompts=len(self.online.questions)
+            )
+            write_json(self.out / "metrics.json", last)
             (self.out / state.STATE).unlink(missing_ok=True)
         self.ranks.wait()
-
-    def metrics(self) -> dict[str, float]:
-        """Of the last iteration, and how much was sampled."""
-        last, settings = self.history[-1], self.settings
-        low, high = settings.kl_band
-        kept = ("kl", "reward", "entropy", "length", "eos_rate")
-        watched = [key for key in last if key.startswith("eval_")]
-        return {
-            "train/iterations": settings.iterations,
-            "train/prompts": len(self.online.questions),
-            "train/answers": settings.iterations * settings.prompts * settings.samples,
-            "train/kl_in_band": float(low <= last["kl"] <= high),
-            **{f"train/{key}": last[key] for key in (*kept, *watched)},
-        }
-
-
-def append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    with JsonlAppender(path) as appender:
-        appender.append(lines)
 
 
 def count_lines(path: Path) -> int:

@@ -1,11 +1,13 @@
 """A small PPO run on a tiny model, for the tests and for the processes that they start."""
 
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import yaml
 
 from align.algorithms import ppo
@@ -48,6 +50,22 @@ def even(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     alphabet.
     """
     return [sum(c < "n" for c in text) / max(len(text), 1) for text in responses]
+
+
+def chance(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """As `even`, with noise from the generators that a user's function may draw from."""
+    noise = [random.random() + float(numpy.random.random()) for _ in responses]
+    return [r + 0.1 * n for r, n in zip(even(prompts, responses), noise, strict=True)]
+
+
+def picky(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+    """As `even`, and nothing for some."""
+    given = zip(even(prompts, responses), responses, strict=True)
+    return [None if sum(map(ord, text)) % 4 == 0 else value for value, text in given]
+
+
+def nothing(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[None]:
+    return [None for _ in responses]
 
 
 def prompts(count: int) -> list[Prompt]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from align.algorithms.online import Calibration, calibrated
+from align.algorithms.online import Calibration, announce, calibrated, calibration_questions
+from align.algorithms.ppo.advantages import Estimated
 from align.algorithms.ppo.experience import (
     POLICY,
     VALUE,
@@ -21,13 +22,15 @@ from align.algorithms.ppo.experience import (
     passes,
     sampler_weights,
 )
+from align.algorithms.ppo.learner import MEASURED, lessons
 from align.algorithms.ppo.measures import measures
 from align.algorithms.ppo.rollout import Rollouts, mask_of, rollout, samples_of, sampling
 from align.algorithms.ppo.run import made
 from align.algorithms.ppo.seeds import derived
 from align.algorithms.ppo.trainer import Trainer
-from align.artifacts import write_json
+from align.artifacts import read_json, write_json
 from align.errors import StageError
+from align.models.adapters import CONFIG
 from align.models.logprobs import Row, token_logprobs
 from align.models.settings import Lora, Model
 from align.process_group import Ranks
@@ -152,6 +155,9 @@ def test_bootstrapping_adds_the_value_behind_a_cut_answer_and_no_other() -> None
     difference = found.returns - without.returns
     assert difference[:3].abs().max() == 0
     assert difference[3].tolist() == pytest.approx([0.5, 0.5, 0.5])
+    silent = given(taught=torch.tensor([True, False, True, True]))
+    beside = estimate(silent, beta=0.0, settings=config)
+    assert not beside.returns[1].any() and torch.equal(beside.returns[3], found.returns[3])
 
 
 def test_sampler_and_trainer_that_agree_weigh_1_and_a_gap_is_measured() -> None:
@@ -198,14 +204,16 @@ def test_the_sampler_that_pads_on_the_left_and_the_scorer_that_pads_on_the_right
 def test_the_end_of_turn_counts_whether_it_is_the_padding_or_not(
     tiny: Model, tmp_path: Path
 ) -> None:
-    """Same rollouts, same numbers; nothing stands behind an end of turn."""
-    found = []
+    """Same rollouts, same numbers, a gradient; nothing stands behind an end of turn."""
+    found, gradients = [], []
     for pad in ("<|pad|>", None):
-        run = trainer(tiny, tmp_path / str(pad), max_new_tokens=40)
+        run = trainer(tiny, tmp_path / str(pad), max_new_tokens=12)
         tokenizer = run.online.tokenizer
         tokenizer.pad_token = tokenizer.eos_token if pad is None else tokenizer.pad_token
+        likely_to_end(run.roles.model, tokenizer.eos_token_id)
         experience, samples = run.experience(run.questions(0), 0)
         found.append(experience)
+        assert 2 < int(experience.rollouts.ended.sum()) < len(samples)
         for row, ended in zip(
             experience.rollouts.rows, experience.rollouts.ended.tolist(), strict=True
         ):
@@ -214,9 +222,32 @@ def test_the_end_of_turn_counts_whether_it_is_the_padding_or_not(
         assert all(tokenizer.eos_token not in s.text for s in samples)
         counted = experience.rollouts.response_mask().sum(-1).tolist()
         assert counted == [len(row.completion) for row in experience.rollouts.rows]
+        # Only the end of turn of the first answer that has one is learnt from.
+        i = experience.rollouts.ended.tolist().index(True)
+        mask = torch.zeros_like(experience.mask())
+        mask[i, len(experience.rollouts.rows[i].completion) - 1] = True
+        alone = Estimated(advantages=mask.float(), returns=mask.float())
+        lesson = lessons(experience, alone, settings=run.settings)
+        flat = lesson.of([i], experience.mask(), device=torch.device("cpu"))
+        run.learner.totals = dict.fromkeys(MEASURED, torch.zeros(()))
+        run.learner.accumulate([experience.rollouts.rows[i]], flat, warming=False)
+        gradients.append([p.grad for p in run.roles.parameters(POLICY)])
     one, other = found
     assert torch.equal(one.passes.logprobs, other.passes.logprobs)
     assert torch.equal(one.scores, other.scores)
+    assert any(g is not None and bool(g.any()) for g in gradients[0])
+    assert all(map(torch.equal, *gradients))
+
+
+def likely_to_end(model: Any, eos: int) -> None:
+    """About every sixth token is then an end of turn."""
+
+    def push(module: Any, given: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        logits[..., eos] += 5.0
+        return logits
+
+    model.get_output_embeddings().register_forward_hook(push)
 
 
 def reward_folder(model: Model, lora: Lora, folder: Path, *, mean: float, std: float) -> Path:
@@ -236,6 +267,16 @@ def test_a_value_that_starts_as_the_reward_gives_its_score_behind_the_end(
         behind = last_value(run.roles, rows)
     raw = torch.tensor(RoleReward(run.roles).scores(samples))
     assert torch.allclose(behind, (raw - 0.7) / 2.5, atol=1e-4)
+    # Rewards that are left as they are, are foreseen as they are.
+    plain = trainer(
+        tiny, tmp_path / "raw", online(tiny, reward_model=folder), reward="role", value="adapter",
+        calibrate=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        assert torch.allclose(last_value(plain.roles, rows), raw, atol=1e-4)
+    # Beside it stands the policy's adapter, and its file names the base all the same.
+    run.roles.save(POLICY, tmp_path / "saved")
+    assert read_json(tmp_path / "saved" / CONFIG)["base_model_name_or_path"] == tiny.name
     assert len(run.roles.parameters(VALUE)) > 2 and run.roles.parameters("reward") == []
 
 
@@ -260,7 +301,8 @@ def test_the_calibration_is_measured_once_on_the_reference_and_frozen(
 ) -> None:
     run = trainer(tiny, tmp_path, iterations=2)
     first = run.calibration
-    few = run.online.questions
+    few = calibration_questions(run.online, samples=2)
+    assert len(few) == len(run.online.questions)
     with run.roles.role("reference") as model:
         drawn = rollout(
             model, run.online.tokenizer, few, settings=sampling(run.settings, n=2),
@@ -324,7 +366,6 @@ def test_an_answer_that_is_empty_is_scored_and_learnt_from(tiny: Model, tmp_path
 def test_a_part_of_the_distribution_is_warned_of(
     tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from align.algorithms.ppo.run import announce
-
-    announce(trainer(tiny, tmp_path, top_p=0.9))
+    run = trainer(tiny, tmp_path, top_p=0.9)
+    announce(run.online, run.source, run.calibration, settings=run.settings)
     assert "the ratio is biased" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,22 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from align.algorithms.ppo import state
+from align.algorithms.online import calibration_questions
+from align.algorithms.ppo import monitor, state
 from align.algorithms.ppo.experience import POLICY, REWARD, VALUE, passes
 from align.algorithms.ppo.run import made
 from align.algorithms.ppo.setup import add_value
 from align.algorithms.ppo.trainer import Trainer
-from align.errors import ConfigError, StageError
+from align.errors import ConfigError, JudgeError, StageError
 from align.launch import free_port
-from align.models.adapters import load_adapter, without_adapter
+from align.models.adapters import WEIGHTS, load_adapter, without_adapter
 from align.models.load import load_model
 from align.models.roles import Roles, weights_hash
 from align.models.settings import Full, Lora, Model
 from align.process_group import Ranks
+from align.rewards.function import FunctionReward
 from tests.algorithms.ppo.running import LORA, online, settings, train
 from tests.conftest import model_settings, save_tiny
 
@@ -183,6 +187,20 @@ def test_epochs_end_early_when_the_policy_has_moved_far(tiny: Model, tmp_path: P
     assert run.history[0]["stopped_early"] == 1 and run.history[0]["steps"] < 16
 
 
+def test_a_policy_that_has_moved_too_far_makes_no_further_step(tiny: Model, tmp_path: Path) -> None:
+    """The second epoch finds it: what is left is what one epoch leaves."""
+    ended = []
+    for name, epochs, target in (("held", 2, 1e-6), ("one", 1, None), ("free", 2, None)):
+        out = train(
+            tiny, tmp_path / name, epochs=epochs, target_kl=target, minibatches=1, iterations=1,
+            monitor_every=9,
+        )  # fmt: skip
+        ended.append((curves(out)[0], (out / "adapter" / WEIGHTS).read_bytes()))
+    (held, weights), (_, one), (_, free) = ended
+    assert held["stopped_early"] == 1 and held["steps"] == 1
+    assert weights == one != free
+
+
 def test_answers_of_every_iteration_differ_and_prompts_come_round(
     tiny: Model, tmp_path: Path
 ) -> None:
@@ -218,10 +236,15 @@ def test_killed_at_every_iteration_and_resumed_is_undisturbed_bit_for_bit(
     tiny_nf4: Model, tmp_path: Path, value: str
 ) -> None:
     changes: dict[str, Any] = {
-        "value": value, "kl_target": 0.5, "monitor_every": 1, "schedule": "cosine"
+        "value": value, "kl_target": 0.5, "monitor_every": 1, "schedule": "cosine",
+        "reward": "tests.algorithms.ppo.running:chance",
     }  # fmt: skip
+    random.seed(0)
+    numpy.random.seed(0)
     whole = left(train(tiny_nf4, tmp_path / "whole", **changes))
-    for _ in range(4):
+    for seed in range(4):  # the first start as above, the others as a new process has it
+        random.seed(seed)
+        numpy.random.seed(seed)
         run = trainer(tiny_nf4, tmp_path / "cut", **changes)
         (tmp_path / "cut").mkdir(exist_ok=True)
         run.begin()
@@ -256,16 +279,82 @@ def test_a_damaged_checkpoint_is_one_line(tiny: Model, tmp_path: Path) -> None:
     run.begin()
     run.iterate(0)
     path = tmp_path / state.STATE
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(StageError, match="damaged checkpoint"):
-        trainer(tiny, tmp_path).begin()
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], b"\0" * 100 + whole[100:], b"no zip", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(StageError, match="damaged checkpoint") as raised:
+            trainer(tiny, tmp_path).begin()
+        assert "\n" not in str(raised.value)
+
+
+def test_an_iteration_without_a_single_reward_ends_the_run_and_keeps_the_checkpoint(
+    tiny: Model, tmp_path: Path
+) -> None:
+    run = trainer(tiny, tmp_path)
+    run.begin()
+    run.iterate(0)
+    run.source = FunctionReward("tests.algorithms.ppo.running:nothing")
+    with pytest.raises(StageError, match="none of the 8 answers of this iteration has a reward"):
+        run.iterate(1)
+    again = trainer(tiny, tmp_path)
+    again.begin()
+    assert again.iteration == 1
+
+
+def test_a_judge_that_cannot_watch_does_not_end_the_training(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers that are the reference's are a tie that it is not even asked about."""
+    asked: list[int] = []
+
+    async def refused(comparisons: Any, *, settings: Any) -> Any:
+        asked.append(len(comparisons))
+        if comparisons:
+            raise JudgeError("the budget is spent")
+        for _ in comparisons:
+            yield
+
+    monkeypatch.setattr(monitor, "verdicts_of", refused)
+    given = online(tiny, monitor="a judge")
+    run = made(given, settings=settings(**LEARNING), out=tmp_path, ranks=ALONE)
+    run.begin()
+    assert run.monitor.measure()["eval_win_rate"] == 0.5 and asked == [0]
+    for iteration in range(4):
+        run.iterate(iteration)
+    told = capsys.readouterr().err
+    assert "training goes on: the budget is spent" in told and asked[-1] > 0
+    assert "eval_win_rate" not in run.history[1] and "eval_reward" in run.history[1]
+
+
+def test_every_process_has_a_prompt_to_calibrate_on(tiny: Model) -> None:
+    given = online(tiny)
+    assert len(calibration_questions(given, samples=64, least=8)) == 8
+    few = calibration_questions(given, samples=64)
+    assert len(few) == 4 and few != given.questions[:4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"kl_target": 1.0, "beta": 0.0}, r"algorithm\.kl_target=1: .*; type algorithm\.beta="),
+        ({"critic_warmup": 4}, r"algorithm\.critic_warmup=4: the policy would stand still"),
+    ],
+)
+def test_settings_that_undo_each_other_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        settings(**changes)
 
 
 def test_two_processes_make_the_steps_of_one(tiny_folder: Path, tmp_path: Path) -> None:
-    """Loss, whitening, rewards and the final adapter, within rounding."""
+    """Loss, whitening, rewards and the final adapter, within rounding; with answers that have no
+    reward, micro-batches that do not go round, and epochs that end early.
+    """
     module = ["-m", "tests.algorithms.ppo.running", str(tiny_folder), "none"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = ["iterations=3", "value=adapter", "micro_batch_tokens=80"]
+    words = [
+        "iterations=3", "value=adapter", "micro_batch_tokens=80", "epochs=4", "target_kl=0.02",
+        "reward=tests.algorithms.ppo.running:picky",
+    ]  # fmt: skip
     subprocess.run(
         [sys.executable, *module, str(tmp_path / "one"), *words],
         check=True, env=environment, cwd=ROOT,
@@ -280,6 +369,8 @@ def test_two_processes_make_the_steps_of_one(tiny_folder: Path, tmp_path: Path) 
         assert one.keys() == two.keys()
         for key in one:
             assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-4), key
+    assert any("stopped_early" in line for line in curves(tmp_path / "one"))
+    assert any(line["taught"] < 1 for line in curves(tmp_path / "one"))
     for folder in ("adapter", "value"):
         one = load_file(tmp_path / "one" / folder / "adapter_model.safetensors")
         two = load_file(tmp_path / "two" / folder / "adapter_model.safetensors")
