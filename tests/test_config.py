@@ -29,7 +29,7 @@ NEEDS_MORE = {
     "judge=local": ["judge.model.name=owner/name"],
     "judge=reward_model": [f"judge.path={Path(__file__).parent}"],
     "tuned=starter_reward": ["algorithm=reward"],
-    "tuned=starter_ppo": ["algorithm=ppo"],
+    **{f"tuned=starter_{name}": [f"algorithm={name}"] for name in ("ppo", "rloo", "grpo")},
     "judge=jury": ["+judge@judge.members.a=rubric", "+judge@judge.members.b=scripted"],
 }
 
