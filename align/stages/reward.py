@@ -66,12 +66,14 @@ def run(settings: RewardStage, inputs: dict[str, Path], out: Path) -> None:
     with keyed("reward", own="algorithm"), keyed("reward_adapter", own="adapter"):
         data = split(inputs["reference"], share=settings.algorithm.held_out, seed=settings.seed)
         model = fresh(settings)
-        policy = Policy(model=model, tokenizer=None, reference=None)
+        encoder = beta(settings) is None and is_encoder(model)
+        tokenizer = load_tokenizer(settings.model, encoder=encoder)
+        policy = Policy(model=model, tokenizer=tokenizer, reference=None)
         algorithm.train(policy, data, settings=settings.algorithm, out=out)
     if os.environ.get("RANK", "0") == "0":
         load_weights(model, out / "adapter")  # the best, which need not be the last
         model.train(False)
-        conclude(settings, inputs, model, data, out)
+        conclude(settings, inputs, policy, data, out)
 
 
 def fresh(settings: RewardStage) -> Any:
@@ -89,13 +91,12 @@ def beta(settings: RewardStage) -> float | None:
 
 
 def conclude(
-    settings: RewardStage, inputs: dict[str, Path], model: Any, data: PairData, out: Path
+    settings: RewardStage, inputs: dict[str, Path], policy: Policy, data: PairData, out: Path
 ) -> None:
     """Measures, calibrates and reports; nothing that was trained changes."""
     most = read_json(inputs["reference"] / COUNTS)["max_length"]
     scale = beta(settings)
-    tokenizer = load_tokenizer(settings.model, encoder=scale is None and is_encoder(model))
-    scorer = Scorer(model=model, tokenizer=tokenizer, max_length=most, beta=scale)
+    scorer = Scorer(model=policy.model, tokenizer=policy.tokenizer, max_length=most, beta=scale)
     found = judged(scorer, data.held_out)
     write_atomic(
         out / "held_out.jsonl", b"".join(dump_line(asdict(pair)) for pair in found).decode()
