@@ -84,7 +84,7 @@ def measure(
     )
     return {
         "loss": loss,
-        "accuracy": ranked_right(chosen - rejected),
+        "accuracy": ranked_right(chosen - rejected, batch["p"]),
         "reward_margin": chosen - rejected,
         "chosen_reward": chosen,
         "rejected_reward": rejected,

@@ -72,6 +72,11 @@ def sentence(metrics: Mapping[str, float]) -> str:
 
 
 def differences(pairs: Sequence[Mapping[str, Any]]) -> Any:
+    if found.high < 0.5:
+        return (
+            f"The reward model ranks pairs the wrong way round more often than not: {told} "
+            "held-out pairs as the judge does. Check whether chosen and rejected are swapped."
+        )
     return np.array([pair["score_chosen"] - pair["score_rejected"] for pair in pairs])
 
 
