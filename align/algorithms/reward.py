@@ -32,7 +32,7 @@ def train(policy: "Policy", data: "PairData", *, settings: Reward, out: Path) ->
     from align.algorithms.fit import minimise
     from align.models.classifier import separator_of
 
-    if settings.margin and not any(data.train[i].get("margin") for i in range(len(data.train))):
+    if settings.margin and not data.train.have_margins():
         raise StageError(
             f"algorithm.margin={settings.margin:g}: no pair has a margin that it could count; type "
             "judge.scale=five, or algorithm.margin=0"
