@@ -143,6 +143,19 @@ def at(node: str) -> str:
     return f"{GROUPS[node]}@{node}" if node in GROUPS else node
 
 
+def instead(key: str, none: Any) -> str:
+    """What to do about a setting of a group of which none is chosen: it may be another node's, that
+    is read from the same group.
+    """
+    group, _, name = key.rpartition(".")
+    root = none._get_root()
+    for node in (node for node, of in GROUPS.items() if of == group):
+        if has(root, node, name):
+            return f"did you mean {node}.{name}?"
+    typed = f"judge@{group}" if "." in group else at(group)
+    return f"type {typed}=NAME"
+
+
 def one_line(error: Exception) -> str:
     """Hydra's and OmegaConf's complaints about an override, in one line with what was probably
     meant.
@@ -159,9 +172,9 @@ def one_line(error: Exception) -> str:
         key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
         if key and parent is not None and hasattr(parent, "keys"):
             if parent.get("name") == "none":
-                group = key.rpartition(".")[0]
-                typed = f"judge@{group}" if "." in group else at(group)
-                return f"{key}: none is chosen there, and none has no settings; type {typed}=NAME"
+                return (
+                    f"{key}: none is chosen there, and none has no settings; {instead(key, parent)}"
+                )
             prefix = key.rpartition(".")[0]
             siblings = [f"{prefix}.{name}" if prefix else str(name) for name in parent]
             deeper = [f"{name}.{key}" for name in parent if has(parent, name, key)]

@@ -86,7 +86,7 @@ class Config:
     label: Label
     algorithm: Any
     reward: PairTraining | None
-    reward_adapter: Lora
+    reward_adapter: Lora | Full
     evaluate: Evaluate
     launch: Launch
 
@@ -105,6 +105,7 @@ class Config:
 ROOMS = {
     "model": "align.models",
     "adapter": "align.models",
+    "reward_adapter": "align.models",
     "data": "align.sources",
     "sampler": "align.samplers",
     "judge": "align.judge",
@@ -229,8 +230,9 @@ def build_named(key: str, room: str, hint: Any, node: Any) -> Any:
             f"{key}={node}: is a group, not a value; type {typed}=NAME with a file of "
             f"conf/{folder}/"
         )
-    if key == "adapter":
-        return build(Full if node.get("name") == "full" else Lora, node, f"{key}.")
+    if GROUPS.get(key, key) == "adapter":
+        chosen = Full if node.get("name") == "full" else Lora
+        return build(chosen, node, f"{key}.", group="adapter")
     if key == "model":
         return build(hint, node, f"{key}.")
     name, module = node.get("name"), node.get("module")

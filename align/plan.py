@@ -153,11 +153,8 @@ def learners(config: Config) -> dict[str, tuple[PairTraining, Needs]]:
     """
     chosen: dict[str, PairTraining] = {}
     if "reward" in config.stages:
-        if config.reward is None:
-            raise ConfigError(
-                f"stages={shown(config)}: reward trains a reward model, and no algorithm for it is "
-                "chosen; type algorithm@reward=reward"
-            )
+        check_reward(config)
+        assert config.reward is not None, "see check_reward"
         chosen["algorithm@reward"] = config.reward
     if "train" in config.stages and config.algorithm is None:
         raise ConfigError("algorithm=none: train needs one; type algorithm=dpo")
@@ -165,12 +162,32 @@ def learners(config: Config) -> dict[str, tuple[PairTraining, Needs]]:
         chosen["algorithm"] = config.algorithm
     if isinstance(chosen.get("algorithm"), Reward):
         raise ConfigError("algorithm=reward: trains a reward model, no policy; type recipe=reward")
-    if isinstance(chosen.get("algorithm@reward"), PreferenceTraining):
-        raise ConfigError(
-            f"algorithm@reward={chosen['algorithm@reward'].name}: trains a policy, no reward "
-            "model; type algorithm@reward=reward"
-        )
     return {key: (a, needs_of(a)) for key, a in chosen.items()}
+
+
+def check_reward(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: no reward model's training is chosen, or beside it a policy's that no stage
+            would do.
+    """
+    idle = "train" not in config.stages and config.algorithm is not None
+    if config.reward is None:
+        raise ConfigError(
+            f"stages={shown(config)}: reward trains a reward model, and no algorithm for it is "
+            f"chosen; type algorithm@reward=reward{' algorithm=none' if idle else ''}"
+        )
+    if isinstance(config.reward, PreferenceTraining) or needs_of(config.reward).reward:
+        raise ConfigError(
+            f"algorithm@reward={config.reward.name}: trains a policy, no reward model; type "
+            "algorithm@reward=reward"
+        )
+    if idle:
+        raise ConfigError(
+            f"algorithm={config.algorithm.name}: none of stages={shown(config)} trains a policy by "
+            "it; the reward model's algorithm is algorithm@reward and its settings are reward.KEY; "
+            "type algorithm=none, or add train to stages"
+        )
 
 
 def pairs(config: Config) -> list[Step]:
@@ -210,6 +227,11 @@ def pairs(config: Config) -> list[Step]:
 
 def rewarding(config: Config) -> Step:
     assert config.reward is not None, "see learners"
+    if not isinstance(config.reward_adapter, Lora):
+        raise ConfigError(
+            f"adapter@reward_adapter={config.reward_adapter.name}: a reward model is trained as an "
+            "adapter; type adapter@reward_adapter=lora"
+        )
     settings = RewardStage(
         model=config.model, adapter=config.reward_adapter, algorithm=config.reward, seed=config.seed
     )

@@ -131,7 +131,25 @@ def test_every_key_has_a_comment_in_its_file(path):
         ("recipe=reward reward=mine", "type algorithm@reward=NAME with a file of conf/algorithm/"),
         ("recipe=reward algorithm@reward=dpo", "type algorithm@reward=reward"),
         ("recipe=reward stages=[reward]", "algorithm@reward=reward needs preferences, and data="),
-        ("recipe=reward algorithm.beta=1", "none is chosen there, and none has no settings"),
+        ("recipe=reward algorithm.beta=1", "none has no settings; did you mean reward.beta?"),
+        ("recipe=reward algorithm.nothing=1", "none has no settings; type algorithm=NAME"),
+        (
+            "recipe=reward algorithm=dpo algorithm.beta=1",
+            "its settings are reward.KEY; type algorithm=none",
+        ),
+        (
+            "recipe=reward algorithm=reward",
+            "algorithm=reward: none of stages=[generate,label,reward] trains",
+        ),
+        (
+            "recipe=reward algorithm@reward=ppo",
+            "algorithm@reward=ppo: trains a policy, no reward model",
+        ),
+        ("recipe=reward adapter@reward_adapter=full", "type adapter@reward_adapter=lora"),
+        (
+            "recipe=reward reward_adapter=full",
+            "type adapter@reward_adapter=NAME with a file of conf/adapter/",
+        ),
         ("reward.epochs=1", "type algorithm@reward=NAME"),
         ("algorithm=reward", "algorithm=reward: trains a reward model"),
         ("algorithm=none", "algorithm=none: train needs one; type algorithm=dpo"),
@@ -293,6 +311,14 @@ def test_the_report_knows_the_judge_that_gives_the_rewards():
 
     assert named("algorithm.reward=judge") == named() == "rubric"
     assert named("algorithm.reward=my.module:function") == "", "no judge taught anything"
+
+
+def test_a_reward_models_adapter_may_be_of_another_kind_where_none_is_trained():
+    words = ("recipe=ppo", "algorithm.reward=align.judge.rubric:score")
+    config = read_config(composed(*words, "adapter@reward_adapter=full"))
+    assert "reward" not in [step.name for step in plan(config, yaml="", command="")]
+    dora = read_config(composed("recipe=reward", "adapter@reward_adapter=dora"))
+    assert plan(dora, yaml="", command="")[-1].settings.adapter.name == "dora"
 
 
 def test_only_an_implicit_score_has_the_pairs_scored_by_the_base():

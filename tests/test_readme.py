@@ -11,6 +11,10 @@ import pytest
 import yaml
 
 from align.config import CONF
+from align.models.scorer import open_scorer
+from align.records import Message
+from tests.conftest import model_settings, save_tiny
+from tests.stages.test_reward import trained
 from tests.test_pipeline import ENVIRONMENT, SMALL
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -70,6 +74,23 @@ def test_own_source_is_read(mine):
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert len((mine / "dpo" / "latest" / "preferences.jsonl").read_text().splitlines()) == 40
+
+
+def test_plain_transformers_and_peft_score_as_ours_do(tmp_path):
+    """A base whose padding is the end of turn, and whose template goes on behind it."""
+    base = save_tiny(tmp_path / "base", pad_token_id=1)
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", "<|end|>\n"))
+    folder = trained(model_settings(base), tmp_path) / "adapter"
+    code = example("With plain transformers and PEFT")
+    code = code.replace("runs/reward/latest/reward_model", str(folder))
+    asked = Message(role="user", content="How many days?")
+    answer = {"role": "assistant", "content": "Three days."}
+    given = {"base": str(base), "messages": [asked.to_json(), answer]}
+    exec(code, given)
+    assert given["tokenizer"].apply_chat_template(given["messages"], tokenize=False)[-1] == "\n"
+    found = open_scorer(folder, base=None).scores([((asked,), answer["content"])])
+    assert given["score"] == pytest.approx(found[0], abs=1e-5)
 
 
 def test_the_files_that_the_readme_names_are_there():

@@ -45,9 +45,18 @@ class PairRows(torch.utils.data.Dataset[dict[str, Any]]):
 
     def lengths(self) -> numpy.ndarray[Any, Any]:
         """Tokens of each pair's longer row, [N]."""
-        counts = numpy.asarray(self.rows.with_format("numpy")["length"])
-        chosen: numpy.ndarray[Any, Any] = counts[self.indices]
-        return chosen
+        return self.column("length")
+
+    def have_margins(self) -> bool:
+        """Whether a pair has a margin other than zero."""
+        known = "margin" in self.rows.column_names
+        return known and bool(numpy.nan_to_num(self.column("margin").astype(float)).any())
+
+    def column(self, name: str) -> numpy.ndarray[Any, Any]:
+        """One column of the pairs, [N]; no other one is read."""
+        table = self.rows.select_columns(name).with_format("arrow")[:]
+        found: numpy.ndarray[Any, Any] = table.column(name).to_numpy()[self.indices]
+        return found
 
 
 def collate_pairs(pairs: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,8 @@ reference's, and when it is lost.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from align.algorithms.dpo_loss import PairLogprobs
 from align.algorithms.preference_trainer import (
     Batch,
@@ -47,7 +49,7 @@ def policy_objective(
 
     def measure(model: Any, batch: Batch) -> Values:
         pairs = pair_logprobs(model, batch)
-        return values(pairs, results(pairs, batch["p"]))
+        return values(pairs, results(pairs, batch["p"]), p=batch["p"])
 
     return Objective(
         measure=measure,
@@ -74,8 +76,8 @@ def pair_logprobs(model: Any, batch: Batch) -> PairLogprobs:
     )
 
 
-def values(pairs: PairLogprobs, results: Results) -> Values:
-    """What is known of each pair, [B] each.
+def values(pairs: PairLogprobs, results: Results, *, p: torch.Tensor) -> Values:
+    """What is known of each pair, [B] each; `p` [B] are the labels.
 
     `kl` is log reference - log policy, the mean of both answers: KL(reference || policy) where the
     reference sampled them, a measure of drift where it did not.
@@ -83,7 +85,7 @@ def values(pairs: PairLogprobs, results: Results) -> Values:
     margin = results.chosen_reward - results.rejected_reward
     return {
         "loss": results.loss,
-        "accuracy": ranked_right(margin),
+        "accuracy": ranked_right(margin, p),
         "reward_margin": margin,
         "chosen_reward": results.chosen_reward,
         "rejected_reward": results.rejected_reward,

@@ -182,9 +182,11 @@ def summed(values: Values) -> Sums:
     return {"pairs": count, **{key: value.detach().sum().float() for key, value in values.items()}}
 
 
-def ranked_right(margin: torch.Tensor) -> torch.Tensor:
-    """1 where chosen stands above rejected, 0.5 where they stand alike; [B]."""
-    return (margin > 0).float() + 0.5 * (margin == 0).float()
+def ranked_right(margin: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """1 where chosen stands above rejected, 0.5 where they stand alike or the judge called a tie,
+    so that no order is right; [B].
+    """
+    return torch.where(p == 0.5, 0.5, (margin > 0).float() + 0.5 * (margin == 0).float())
 
 
 def no_number(logs: Mapping[str, float]) -> str | None:

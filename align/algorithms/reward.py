@@ -30,22 +30,24 @@ def train(policy: "Policy", data: "PairData", *, settings: Reward, out: Path) ->
     classifier, or for an implicit score a language model.
     """
     from align.algorithms.fit import minimise
+    from align.models.classifier import separator_of
 
-    if settings.margin and not any(data.train[i].get("margin") for i in range(len(data.train))):
+    if settings.margin and not data.train.have_margins():
         raise StageError(
             f"algorithm.margin={settings.margin:g}: no pair has a margin that it could count; type "
             "judge.scale=five, or algorithm.margin=0"
         )
-    goal = objective(settings, seed=data.seed)
+    separator = separator_of(policy.model, policy.tokenizer)
+    goal = objective(settings, seed=data.seed, separator=separator)
     minimise(policy, data, objective=goal, settings=settings, out=out, title="reward")
 
 
-def objective(settings: Reward, *, seed: int) -> "Objective":
-    """The Bradley-Terry loss and what is measured beside it."""
+def objective(settings: Reward, *, seed: int, separator: int | None = None) -> "Objective":
+    """The Bradley-Terry loss and what is measured beside it; `separator`: see `separator_of`."""
     from align.algorithms.preference_trainer import Objective, no_number
 
     return Objective(
-        measure=lambda model, batch: measure(model, batch, settings=settings),
+        measure=lambda model, batch: measure(model, batch, settings=settings, separator=separator),
         names=NAMES,
         logged=means,
         collapsed=no_number,
@@ -58,7 +60,9 @@ def objective(settings: Reward, *, seed: int) -> "Objective":
     )
 
 
-def measure(model: Any, batch: "Batch", *, settings: Reward) -> "Values":
+def measure(
+    model: Any, batch: "Batch", *, settings: Reward, separator: int | None = None
+) -> "Values":
     """What is known of each pair, [B] each.
 
     With implicit scores and neither margin nor centring this is DPO's loss (Rafailov et al. 2023,
@@ -68,7 +72,7 @@ def measure(model: Any, batch: "Batch", *, settings: Reward) -> "Values":
     from align.algorithms.preference_trainer import ranked_right
     from align.algorithms.reward_loss import bradley_terry
 
-    chosen, rejected = scored(model, batch, settings=settings).chunk(2)
+    chosen, rejected = scored(model, batch, settings=settings, separator=separator).chunk(2)
     p = batch["p"] if settings.soft_labels else hard_labels(batch["p"])
     loss = bradley_terry(
         chosen,
@@ -80,14 +84,16 @@ def measure(model: Any, batch: "Batch", *, settings: Reward) -> "Values":
     )
     return {
         "loss": loss,
-        "accuracy": ranked_right(chosen - rejected),
+        "accuracy": ranked_right(chosen - rejected, batch["p"]),
         "reward_margin": chosen - rejected,
         "chosen_reward": chosen,
         "rejected_reward": rejected,
     }
 
 
-def scored(model: Any, batch: "Batch", *, settings: Reward) -> "torch.Tensor":
+def scored(
+    model: Any, batch: "Batch", *, settings: Reward, separator: int | None = None
+) -> "torch.Tensor":
     """Scores of chosen and then of rejected answers, [2B]."""
     import torch
 
@@ -96,7 +102,8 @@ def scored(model: Any, batch: "Batch", *, settings: Reward) -> "torch.Tensor":
     from align.models.logprobs import sequence_logprobs
 
     if not settings.implicit:
-        return scores(model, input_ids=batch["input_ids"], lengths=batch["lengths"])
+        given = {"input_ids": batch["input_ids"], "lengths": batch["lengths"]}
+        return scores(model, **given, separator=separator)
     found = sequence_logprobs(
         model, input_ids=batch["input_ids"], response_mask=batch["response_mask"]
     )

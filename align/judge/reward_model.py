@@ -77,7 +77,9 @@ def verdicts(scorer: "Scorer", window: list[Comparison], *, settings: RewardMode
 def verdict(
     scorer: "Scorer", comparison: Comparison, scores: Mapping[Asked, float], *, judge: str
 ) -> Verdict:
-    """p = sigmoid(r_first - r_second), as it was trained (Bradley and Terry)."""
+    """p = sigmoid(r_first - r_second), Bradley and Terry's; too sure of a model that was trained
+    with reward.margin, for the leads it was asked for are in its scores.
+    """
     from math import tanh
 
     messages = comparison.prompt.messages

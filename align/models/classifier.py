@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, TaskType, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from align.errors import ConfigError, StageError
 from align.models.adapters import add_lora, keep_in_fp32
 from align.models.load import (
+    SEPARATED,
     compute_dtype,
     default_device,
     keep_gradients_on_cpu,
@@ -35,7 +36,9 @@ ENCODER_HEADS = ("classifier", "pre_classifier", "pooler", "head")
 WEIGHTS = "adapter_model.safetensors"
 
 
-def load_classifier(settings: Model, *, seed: int, device: torch.device | None = None) -> Any:
+def load_classifier(
+    settings: Model, *, seed: int | None, device: torch.device | None = None
+) -> Any:
     """The base with a head of one number, in evaluation mode; `score_adapter` makes it trainable.
 
     What the checkpoint does not hold (a language model has no such head) is drawn from `seed`:
@@ -45,8 +48,12 @@ def load_classifier(settings: Model, *, seed: int, device: torch.device | None =
     Huang et al. 2024, arXiv:2403.17031, detail 12. Not zeros: a head of zeros lets no gradient
     through to the adapter, and all seeds would be one.
 
+    Args:
+        seed: None: nothing is drawn, for the model is to score as it is.
+
     Raises:
         ConfigError: no such model, one without safetensors weights, or one that cannot classify.
+        StageError: weights are missing that must not be drawn.
     """
     quiet()
     device = device or default_device()
@@ -65,7 +72,9 @@ def load_classifier(settings: Model, *, seed: int, device: torch.device | None =
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise missing(settings, "model", error) from error
-    draw_missing(model, info["missing_keys"], settings=settings, heads=heads, seed=seed)
+    for name in heads:
+        model.get_submodule(name).to(torch.float32)
+    complete(model, sorted(info["missing_keys"]), settings=settings, heads=heads, seed=seed)
     config = model.config.get_text_config()
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0  # its own pooling, which nobody reads, would refuse a batch
@@ -80,19 +89,35 @@ def head_names(settings: Model) -> list[str]:
         ConfigError: the architecture has no classifier that we know how to read.
     """
     config = load_config(settings)
-    try:
-        with torch.device("meta"):
-            bare = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
-    except ValueError as error:
-        raise missing(settings, "classifier", error) from error
-    heads = heads_of(bare)
-    if config.is_encoder_decoder or not {DECODER_HEAD, "classifier"} & set(heads):
+    heads = known_heads(config)
+    if not heads:
         raise ConfigError(
             f"model.name={settings.name}: a {config.model_type} has neither a decoder's nor an "
             "encoder's classifier, so it cannot score answers; give a causal language model or an "
             "encoder such as BERT"
         )
     return heads
+
+
+def known_heads(config: Any) -> list[str]:
+    """Their names by the configuration alone; none where we know no way to read the classifier."""
+    try:
+        with torch.device("meta"):
+            bare = AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
+    except ValueError:  # the architecture has none
+        return []
+    heads = heads_of(bare)
+    readable = not config.is_encoder_decoder and {DECODER_HEAD, "classifier"} & set(heads)
+    return heads if readable else []
+
+
+def encodes(settings: Model) -> bool:
+    """`is_encoder`, of a base that is not loaded.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    return known_heads(load_config(settings)) not in ([], [DECODER_HEAD])
 
 
 def is_encoder(model: Any) -> bool:
@@ -108,14 +133,25 @@ def heads_of(bare: Any) -> list[str]:
 
 
 @torch.no_grad()
-def draw_missing(
-    model: Any, keys: Sequence[str], *, settings: Model, heads: Sequence[str], seed: int
+def complete(
+    model: Any, keys: Sequence[str], *, settings: Model, heads: Sequence[str], seed: int | None
 ) -> None:
     """Draws the head's weights that the checkpoint lacks; one order and one generator.
 
+    Args:
+        keys: of the weights that it lacks, sorted.
+
     Raises:
+        StageError: none may be drawn.
         ConfigError: it lacks others, too, which would stay random.
     """
+    if seed is None:
+        if keys:
+            raise StageError(
+                f"{settings.name}: its checkpoint has no {keys[0]}, so its scores would be random; "
+                "give a classifier that was trained, its head included"
+            )
+        return
     strange = [key for key in keys if not key.startswith(tuple(f"{head}." for head in heads))]
     if strange:
         raise ConfigError(
@@ -123,7 +159,7 @@ def draw_missing(
             f"{len(strange) - 1} more), so the base would be random; give a whole model"
         )
     generator = torch.Generator().manual_seed(seed)
-    for key in sorted(keys):
+    for key in keys:
         weight = model.get_parameter(key)
         drawn = torch.zeros(weight.shape)
         if weight.dim() > 1:
@@ -151,6 +187,8 @@ def load_reward_model(settings: Model, folder: Path, *, device: torch.device | N
     model = load_classifier(settings, seed=0, device=device)
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        if config.task_type != TaskType.SEQ_CLS:
+            raise ValueError("its adapter is a language model's, which has no head")
         config.base_model_name_or_path = None  # where it stood then; the weights say if it fits
         scorer = get_peft_model(model, config)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -184,7 +222,18 @@ def unfit(folder: Path, error: Exception) -> StageError:
     )
 
 
-def scores(model: Any, *, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def separator_of(model: Any, tokenizer: Any) -> int | None:
+    """The token that ends the first segment of a row, for a model that is told its two texts apart
+    as BERT is: where our template puts question and answer together. None elsewhere.
+    """
+    kinds = getattr(unwrapped(model).config.get_text_config(), "type_vocab_size", None) or 1
+    told = kinds > 1 and tokenizer.chat_template == SEPARATED
+    return int(tokenizer.sep_token_id) if told else None
+
+
+def scores(
+    model: Any, *, input_ids: torch.Tensor, lengths: torch.Tensor, separator: int | None = None
+) -> torch.Tensor:
     """One score a row, [B], float32.
 
         decoder: r = w · h_last,    encoder: what its own head makes of the first token
@@ -197,11 +246,12 @@ def scores(model: Any, *, input_ids: torch.Tensor, lengths: torch.Tensor) -> tor
         model: a classifier, bare, with an adapter, or wrapped for data parallelism.
         input_ids: [B, T].
         lengths: [B], tokens of each row, its end of turn included.
+        separator: see `separator_of`.
     """
     bare = unwrapped(model)
     if is_encoder(model):
         mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
-        return own_scores(model, input_ids=input_ids, mask=mask)
+        return own_scores(model, input_ids=input_ids, mask=mask, separator=separator)
     head, seen = getattr(bare, DECODER_HEAD), []
 
     def keep(module: Any, arguments: Any) -> Any:
@@ -220,20 +270,41 @@ def scores(model: Any, *, input_ids: torch.Tensor, lengths: torch.Tensor) -> tor
     return found.float()
 
 
-def own_scores(model: Any, *, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One score a row as the model's own classifier reads it, [B], float32."""
-    with heads_fed_alike(unwrapped(model)):
-        found: torch.Tensor = model(input_ids=input_ids, attention_mask=mask.long()).logits
+def own_scores(
+    model: Any, *, input_ids: torch.Tensor, mask: torch.Tensor, separator: int | None = None
+) -> torch.Tensor:
+    """One score a row as the model's own classifier reads it, [B], float32; `mask` [B, T] is True
+    on its tokens.
+    """
+    given = {"input_ids": input_ids, "attention_mask": mask.long()}
+    if separator is not None:
+        given["token_type_ids"] = segments(input_ids, separator=separator)
+    with heads_in_float32(unwrapped(model)):
+        found: torch.Tensor = model(**given).logits
     return found[:, 0].float()
 
 
-@contextmanager
-def heads_fed_alike(bare: Any) -> Iterator[None]:
-    """Within, heads in float32 on a backbone of another type get what they take."""
+def segments(input_ids: torch.Tensor, *, separator: int) -> torch.Tensor:
+    """[B, T], 0 up to each row's first separator, 1 behind it."""
+    ends = (input_ids == separator).long()
+    return (ends.cumsum(1) > ends).long()
 
-    def cast(module: Any, arguments: Any) -> Any:
-        dtype = next(module.parameters()).dtype
-        return tuple(a.to(dtype) if torch.is_floating_point(a) else a for a in arguments)
+
+@contextmanager
+def heads_in_float32(bare: Any) -> Iterator[None]:
+    """Within, heads compute in their own type, whatever the backbone and an autocast around them
+    are in.
+    """
+    entered: list[Any] = []
+
+    def enter(module: Any, arguments: Any) -> Any:
+        weight = next(module.parameters())
+        entered.append(torch.autocast(weight.device.type, enabled=False))
+        entered[-1].__enter__()
+        return tuple(a.to(weight.dtype) if torch.is_floating_point(a) else a for a in arguments)
+
+    def leave(module: Any, arguments: Any, output: Any) -> None:
+        entered.pop().__exit__(None, None, None)
 
     layers = [
         module
@@ -241,7 +312,8 @@ def heads_fed_alike(bare: Any) -> Iterator[None]:
         if set(name.split(".")) & {DECODER_HEAD, *ENCODER_HEADS}
         and next(module.parameters(recurse=False), None) is not None
     ]
-    handles = [layer.register_forward_pre_hook(cast) for layer in layers]
+    handles = [layer.register_forward_pre_hook(enter) for layer in layers]
+    handles += [layer.register_forward_hook(leave, always_call=True) for layer in layers]
     try:
         yield
     finally:

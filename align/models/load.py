@@ -22,8 +22,8 @@ from align.models.settings import Model
 
 # Where a configuration names no window (state-space models), sequences are still held to something.
 UNKNOWN_WINDOW = 4096
-# What an encoder without a template reads: [CLS] question [SEP] answer [SEP], as its own pairs of
-# texts are put together. Who speaks is told by the order alone.
+# What an encoder without a template reads: [CLS] question [SEP] answer [SEP], as BERT puts pairs of
+# texts together (RoBERTa has two separators between them). Who speaks is told by the order alone.
 SEPARATED = "{{ cls_token }}{% for m in messages %}{{ m.content }}{{ sep_token }}{% endfor %}"
 
 

@@ -1,6 +1,6 @@
 """Scores of conversations in text: our own reward models, and those that others made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from align.models.classifier import (
     load_reward_model,
     own_scores,
     scores,
+    separator_of,
 )
 from align.models.implicit import implicit_scores, load_implicit
 from align.models.load import load_config, load_tokenizer, room
@@ -115,10 +116,11 @@ class Scorer:
         whole = [[*row.prompt, *row.completion, *([pad] * (width - len(row)))] for row in rows]
         ids = torch.tensor(whole, device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
+        separator = separator_of(self.model, self.tokenizer)
         if self.own_pooling:
             mask = torch.arange(width, device=device) < lengths[:, None]
-            return own_scores(self.model, input_ids=ids, mask=mask)
-        return scores(self.model, input_ids=ids, lengths=lengths)
+            return own_scores(self.model, input_ids=ids, mask=mask, separator=separator)
+        return scores(self.model, input_ids=ids, lengths=lengths, separator=separator)
 
 
 def open_scorer(folder: Path, *, base: Model | None) -> Scorer:
@@ -149,7 +151,7 @@ def open_scorer(folder: Path, *, base: Model | None) -> Scorer:
             "give a reward model, which has num_labels=1"
         )
     pad = getattr(config.get_text_config(), "pad_token_id", None)
-    model = load_classifier(settings, seed=0)
+    model = load_classifier(settings, seed=None)
     encoder = is_encoder(model)
     tokenizer = load_tokenizer(settings, encoder=encoder)
     return Scorer(
@@ -168,13 +170,8 @@ def open_adapter(folder: Path, *, base: Model | None) -> Scorer:
     Raises:
         StageError: nobody says what its base is, or it fits another one.
     """
-    told = read_json(folder / REWARD) if (folder / REWARD).is_file() else {}
-    if base is None and "base" not in told:
-        raise StageError(
-            f"{folder}: no {REWARD} that names its base; type +model@judge.model=hf "
-            "judge.model.name=NAME"
-        )
-    settings = base or Model(**told["base"])
+    told = told_of(folder)
+    settings = base or base_of(told, folder)
     beta = told.get("beta")
     load = load_reward_model if beta is None else load_implicit
     model = load(settings, folder)
@@ -188,3 +185,35 @@ def open_adapter(folder: Path, *, base: Model | None) -> Scorer:
         std=told.get("std", 1.0),
         beta=beta,
     )
+
+
+def told_of(folder: Path) -> dict[str, Any]:
+    """What the training wrote beside the adapter, {} where it is another one's.
+
+    Raises:
+        StageError: the file is damaged.
+    """
+    path = folder / REWARD
+    try:
+        return dict(read_json(path)) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise StageError(
+            f"{path}: damaged ({error}); give the folder that a reward training wrote, or run that "
+            "training again"
+        ) from error
+
+
+def base_of(told: Mapping[str, Any], folder: Path) -> Model:
+    """The base that an adapter was trained on, as `reward.json` names it.
+
+    Raises:
+        StageError: it does not, or not whole.
+    """
+    try:
+        return Model(**told["base"])
+    except (KeyError, TypeError) as error:
+        reason = "" if "base" not in told else f" ({error})"
+        raise StageError(
+            f"{folder}: no {REWARD} that names its base{reason}; type +model@judge.model=hf "
+            "judge.model.name=NAME"
+        ) from error

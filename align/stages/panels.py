@@ -1,6 +1,6 @@
 """The report's small training curves: which ones an algorithm has, and how they are drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup
@@ -8,6 +8,8 @@ from markupsafe import Markup
 from align.stages import plots
 from align.stages.evidence import Evidence
 from align.stages.plots import AFTER, BEFORE, WORSE, Line
+
+Curves = Sequence[Mapping[str, float]]  # what was logged, by step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +46,18 @@ class Panel:
 
 
 SIDES = ("chosen", "rejected")
+LOSS = Shown(name="loss", title="Loss", keys=("loss",), told="what is minimised")
+ACCURACY = Shown(
+    name="accuracy", title="Accuracy", keys=("accuracy",), percent=True,
+    told="pairs ranked as the judge ranks them",
+)  # fmt: skip
 PAIRS = (
-    Shown(name="loss", title="Loss", keys=("loss",), told="what is minimised"),
+    LOSS,
     Shown(
         name="margin", title="Reward margin", keys=("reward_margin",),
         told="implicit reward of chosen minus rejected",
     ),
-    Shown(
-        name="accuracy", title="Accuracy", keys=("accuracy",), percent=True,
-        told="pairs ranked as the judge ranks them",
-    ),
+    ACCURACY,
     Shown(name="kl", title="KL", keys=("kl",), told="from the model it started from, nats"),
     Shown(
         name="logps", title="Log-probabilities", keys=("chosen_logps", "rejected_logps"),
@@ -96,26 +100,37 @@ ONLINE = (
 
 def panels(evidence: Evidence) -> list[Panel]:
     """Small multiples of what was logged; a panel without a single value is left out."""
-    drawn = [panel(shown, evidence) for shown in (ONLINE if evidence.online else PAIRS)]
+    by = "iteration" if evidence.online else "training step"
+    kept = evidence.metrics.get("train/best_step")
+    drawn = [
+        panel(shown, evidence.curves, kept=kept, by=by, band=known_band(evidence, shown.band))
+        for shown in (ONLINE if evidence.online else PAIRS)
+    ]
     return [one for one in drawn if one is not None]
 
 
-def panel(shown: Shown, evidence: Evidence) -> Panel | None:
+def panel(
+    shown: Shown,
+    curves: Curves,
+    *,
+    kept: float | None,
+    by: str = "training step",
+    band: tuple[float, ...] = (),
+) -> Panel | None:
+    """What it shows, drawn; None without a value. `by`: what a step is; `band`: where to stay."""
     several = len(shown.keys) > 1
     lines = []
     for i, key in enumerate(shown.keys):
         color = (AFTER if i == 0 else WORSE) if shown.labels == SIDES else (BEFORE, AFTER)[i]
         held_out = color if several else AFTER
-        lines += line(evidence, key, color=color)
-        lines += line(evidence, f"eval_{key}", color=held_out, dots=True)
+        lines += line(curves, key, color=color)
+        lines += line(curves, f"eval_{key}", color=held_out, dots=True)
     if not lines or (shown.moving and len({v for one in lines for v in one.values}) == 1):
         return None
-    by = "iteration" if evidence.online else "training step"
     ends = "; ".join(f"from {one.values[0]:.3g} to {one.values[-1]:.3g}" for one in lines)
-    band = known_band(evidence, shown.band)
     svg = plots.curves(
         lines, name=f"curve-{shown.name}", label=f"{shown.title} by {by}: {ends}",
-        percent=shown.percent, kept=evidence.metrics.get("train/best_step"), limits=band,
+        percent=shown.percent, kept=kept, limits=band,
     )  # fmt: skip
     classes = ("after", "worse") if shown.labels == SIDES else ("before", "after")
     within = f"; asked to stay between {band[0]:g} and {band[1]:g}" if len(band) == 2 else ""
@@ -135,8 +150,8 @@ def known_band(evidence: Evidence, setting: str) -> tuple[float, ...]:
     return tuple(float(end) for end in found if isinstance(end, int | float))
 
 
-def line(evidence: Evidence, key: str, *, color: str, dots: bool = False) -> list[Line]:
-    points = [(row["step"], row[key]) for row in evidence.curves if "step" in row and key in row]
+def line(curves: Curves, key: str, *, color: str, dots: bool = False) -> list[Line]:
+    points = [(row["step"], row[key]) for row in curves if "step" in row and key in row]
     if not points:
         return []
     steps, values = zip(*points, strict=True)

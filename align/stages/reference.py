@@ -15,9 +15,10 @@ from datasets.arrow_writer import ArrowWriter
 from safetensors.torch import load_file, save_file
 
 from align.artifacts import write_json
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 from align.jsonl import read_records
 from align.models.chat import encode_pair
+from align.models.classifier import encodes
 from align.models.load import load_config, load_model, load_tokenizer, room
 from align.models.logprobs import (
     Row,
@@ -98,11 +99,19 @@ def run(settings: ReferenceStage, inputs: dict[str, Path], out: Path) -> None:
     there, so that a killed stage goes on where it was.
 
     Raises:
+        ConfigError: answers are to be scored, and the base is an encoder.
         DataError: a prompt whose template alone does not fit, or no preferences at all.
     """
-    # Without scores the weights are not needed, and an encoder's could not be loaded.
+    encoder = encodes(settings.model)
+    if encoder and settings.score:
+        raise ConfigError(
+            f"model.name={settings.model.name}: reads in both directions, so no answer has a "
+            "probability under it; type reward.score=head for a reward model, or give a causal "
+            "language model"
+        )
+    # Without scores the weights are not needed.
     model = load_model(settings.model) if settings.score else None
-    tokenizer = load_tokenizer(settings.model, encoder=not settings.score)
+    tokenizer = load_tokenizer(settings.model, encoder=encoder)
     most = room(load_config(settings.model) if model is None else model, tokenizer)
     length = min(settings.max_length or most, most)
     if not (out / PAIRS).exists():

@@ -28,15 +28,20 @@ from align.records import Candidate
 from align.stages.reward_page import page, sentence
 from align.stages.settings import RewardStage
 from align.stages.train import split
+from align.stats import Interval
 
 REFERENCES = 1000  # responses that mean and deviation are taken of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """One held-out pair: what the judge said, raw scores and lengths in tokens of both answers."""
+    """One held-out pair: what the judge said, raw scores and lengths in tokens of both answers.
+
+    `place` is its place among the preferences, counted from 0; `id` is its prompt's.
+    """
 
     id: str
+    place: int
     prompt: str
     p: float
     score_chosen: float
@@ -47,6 +52,11 @@ class Judged:
     @property
     def difference(self) -> float:
         return self.score_chosen - self.score_rejected
+
+    @property
+    def tied(self) -> bool:
+        """Whether the judge preferred neither, so that no order is right."""
+        return self.p == 0.5
 
     @property
     def longer(self) -> int:
@@ -66,12 +76,14 @@ def run(settings: RewardStage, inputs: dict[str, Path], out: Path) -> None:
     with keyed("reward", own="algorithm"), keyed("reward_adapter", own="adapter"):
         data = split(inputs["reference"], share=settings.algorithm.held_out, seed=settings.seed)
         model = fresh(settings)
-        policy = Policy(model=model, tokenizer=None, reference=None)
+        encoder = beta(settings) is None and is_encoder(model)
+        tokenizer = load_tokenizer(settings.model, encoder=encoder)
+        policy = Policy(model=model, tokenizer=tokenizer, reference=None)
         algorithm.train(policy, data, settings=settings.algorithm, out=out)
     if os.environ.get("RANK", "0") == "0":
         load_weights(model, out / "adapter")  # the best, which need not be the last
         model.train(False)
-        conclude(settings, inputs, model, data, out)
+        conclude(settings, inputs, policy, data, out)
 
 
 def fresh(settings: RewardStage) -> Any:
@@ -89,13 +101,12 @@ def beta(settings: RewardStage) -> float | None:
 
 
 def conclude(
-    settings: RewardStage, inputs: dict[str, Path], model: Any, data: PairData, out: Path
+    settings: RewardStage, inputs: dict[str, Path], policy: Policy, data: PairData, out: Path
 ) -> None:
     """Measures, calibrates and reports; nothing that was trained changes."""
     most = read_json(inputs["reference"] / COUNTS)["max_length"]
     scale = beta(settings)
-    tokenizer = load_tokenizer(settings.model, encoder=scale is None and is_encoder(model))
-    scorer = Scorer(model=model, tokenizer=tokenizer, max_length=most, beta=scale)
+    scorer = Scorer(model=policy.model, tokenizer=policy.tokenizer, max_length=most, beta=scale)
     found = judged(scorer, data.held_out)
     write_atomic(
         out / "held_out.jsonl", b"".join(dump_line(asdict(pair)) for pair in found).decode()
@@ -141,6 +152,7 @@ def judged(scorer: Scorer, pairs: PairRows) -> list[Judged]:
     return [
         Judged(
             id=pairs[i]["id"],
+            place=int(pairs.indices[i]),
             prompt=pairs[i]["prompt"],
             p=pairs[i]["p"],
             score_chosen=found[2 * i],
@@ -158,9 +170,8 @@ def measures(found: Sequence[Judged], *, seed: int) -> dict[str, float]:
         np.array([getattr(pair, name) for pair in found], dtype=float)
         for name in ("difference", "p", "longer")
     )
-    right = ranking.clustered_mean(
-        ranking.ranked_right(d), [pair.prompt for pair in found], seed=seed
-    )
+    decided = [pair for pair in found if not pair.tied]
+    right = accuracy(decided, seed=seed)
     rates = {
         "longer_wins": ranking.longer_wins(ranking.ranked_right(d), longer),
         "longer_wins_judge": ranking.longer_wins(0.5 + 0.5 * np.sign(p - 0.5), longer),
@@ -169,15 +180,27 @@ def measures(found: Sequence[Judged], *, seed: int) -> dict[str, float]:
         "reward/held_out_accuracy": right.mean,
         "reward/held_out_accuracy_low": right.low,
         "reward/held_out_accuracy_high": right.high,
+        "reward/held_out_pairs": len(decided),
         "reward/held_out_prompts": right.n,
+        "reward/held_out_ties": len(found) - len(decided),
         "reward/calibration_error": ranking.calibration(d, p).error,
         "reward/length_correlation": ranking.length_correlation(d, longer),
         **{f"reward/{key}": rate for key, rate in rates.items() if rate is not None},
     }
 
 
+def accuracy(decided: Sequence[Judged], *, seed: int) -> Interval:
+    """The share of pairs that are ranked as the judge ranks them, over prompts; without a pair that
+    has an order, a coin's, which says nothing.
+    """
+    if not decided:
+        return Interval(mean=0.5, low=0.0, high=1.0, n=0)
+    right = ranking.ranked_right([pair.difference for pair in decided])
+    return ranking.clustered_mean(right, [pair.prompt for pair in decided], seed=seed)
+
+
 def calibrated(scorer: Scorer, inputs: dict[str, Path], data: PairData) -> dict[str, Any]:
-    """Mean and deviation of the scores over reference responses: what `reward.json` says.
+    """Mean, deviation and extremes of the scores over reference responses, for `reward.json`.
 
     What the policy answers where candidates are there, else the answers of training pairs. Scores
     are only known up to their level and, against a KL penalty, their scale; taken once and frozen,
@@ -200,17 +223,26 @@ def calibrated(scorer: Scorer, inputs: dict[str, Path], data: PairData) -> dict[
     return {
         "mean": float(raw.mean()),
         "std": std,
+        "lowest": float(raw.min()),
+        "highest": float(raw.max()),
         "n": len(rows),
         "reference": told,
     }
 
 
 def drawn(path: Path, draw: np.random.Generator) -> list[tuple[Candidate, int]]:
-    """One response, by its index, of each of at most `REFERENCES` prompts."""
+    """One response, by its index, of each of at most `REFERENCES` prompts.
+
+    Those that were cut off are passed over, unless all were: as text they would be scored with an
+    end of turn that they never had.
+    """
     candidates = IndexedRecords(path, Candidate.from_json)
     most = min(len(candidates), REFERENCES)
-    found = []
+    whole: list[tuple[Candidate, int]] = []
+    cut: list[tuple[Candidate, int]] = []
     for i in sorted(draw.choice(len(candidates), most, replace=False)):
         candidate = candidates[int(i)]
-        found.append((candidate, int(draw.integers(len(candidate.responses)))))
-    return found
+        ended = [k for k, one in enumerate(candidate.responses) if one.finish != "length"]
+        among = ended or range(len(candidate.responses))
+        (whole if ended else cut).append((candidate, among[int(draw.integers(len(among)))]))
+    return whole or cut

@@ -14,16 +14,23 @@ from align.artifacts import read_json
 from align.jsonl import read_lines
 from align.stages import plots
 from align.stages.page import environment, style
-from align.stages.plots import AFTER, BEFORE, GRID, MUTED, WORSE, Line
+from align.stages.panels import ACCURACY, LOSS, SIDES, Shown, panel
+from align.stages.plots import AFTER, BEFORE, GRID, MUTED, WORSE
 from align.stages.verdict import bounds, percent
 from align.stats import Interval
 
 PANELS = (
-    ("loss", "Loss", ("loss",), "what is minimised"),
-    ("accuracy", "Accuracy", ("accuracy",), "pairs ranked as the judge ranks them"),
-    ("margin", "Difference", ("reward_margin",), "score of chosen minus rejected"),
-    ("scores", "Scores", ("chosen_reward", "rejected_reward"), "raw, of both answers"),
-)
+    LOSS,
+    ACCURACY,
+    Shown(
+        name="margin", title="Difference", keys=("reward_margin",),
+        told="score of chosen minus rejected",
+    ),
+    Shown(
+        name="scores", title="Scores", keys=("chosen_reward", "rejected_reward"),
+        told="raw, of both answers", labels=SIDES,
+    ),
+)  # fmt: skip
 BINS = 24
 
 
@@ -36,6 +43,8 @@ def page(out: Path, *, base: str) -> str:
     metrics = read_json(out / "metrics.json")
     pairs = [line for _, line in read_lines(out / "held_out.jsonl")]
     curves = [json.loads(line) for line in (out / "curves.jsonl").read_text().splitlines()]
+    kept = metrics["reward/best_step"]
+    drawn = [panel(shown, curves, kept=kept) for shown in PANELS]
     return (
         environment()
         .get_template("reward.html.j2")
@@ -49,7 +58,7 @@ def page(out: Path, *, base: str) -> str:
             calibration=Markup(calibration_figure(pairs)),
             histogram=Markup(score_figure(pairs)),
             lengths=Markup(length_figure(pairs)),
-            panels=panels(curves, kept=metrics["reward/best_step"]),
+            panels=[one for one in drawn if one is not None],
         )
     )
 
@@ -63,6 +72,11 @@ def sentence(metrics: Mapping[str, float]) -> str:
     """The finding in plain words."""
     found = accuracy(metrics)
     told = f"{percent(found.mean)} ({bounds(found)}) of {metrics['reward/held_out_pairs']:,.0f}"
+    if found.high < 0.5:
+        return (
+            f"The reward model ranks pairs the wrong way round more often than not: {told} "
+            "held-out pairs as the judge does. Check whether chosen and rejected are swapped."
+        )
     if found.low <= 0.5:
         return (
             f"The reward model cannot be told from chance: it ranks {told} held-out pairs as the "
@@ -141,30 +155,3 @@ def length_figure(pairs: Sequence[Mapping[str, Any]]) -> str:
     return plots.finish(
         figure, name="lengths", label=f"Score and length: rank correlation {told:.2f}"
     )
-
-
-def panels(curves: Sequence[Mapping[str, float]], *, kept: float) -> list[dict[str, Any]]:
-    """Small multiples of what was logged."""
-    drawn = []
-    for name, title, keys, told in PANELS:
-        pair, lines = len(keys) > 1, []
-        for i, key in enumerate(keys):
-            color = (AFTER if i == 0 else WORSE) if pair else BEFORE
-            lines += line(curves, key, color=color)
-            lines += line(curves, f"eval_{key}", color=color if pair else AFTER, dots=True)
-        svg = plots.curves(
-            lines, name=f"curve-{name}", label=f"{title} by training step",
-            percent=name == "accuracy", kept=kept,
-        )  # fmt: skip
-        drawn.append({"title": title, "told": told, "svg": Markup(svg), "pair": pair})
-    return drawn
-
-
-def line(
-    curves: Sequence[Mapping[str, float]], key: str, *, color: str, dots: bool = False
-) -> list[Line]:
-    points = [(row["step"], row[key]) for row in curves if key in row]
-    if not points:
-        return []
-    steps, values = zip(*points, strict=True)
-    return [Line(color=color, steps=steps, values=values, dots=dots)]

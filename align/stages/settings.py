@@ -100,7 +100,7 @@ class HoldOutStage:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardStage:
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: Model
     adapter: Lora
     algorithm: PairTraining

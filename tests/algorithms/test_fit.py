@@ -19,8 +19,8 @@ from align.algorithms import checkpoints, dpo
 from align.algorithms import fit as fitting
 from align.algorithms.dpo_loss import PairLogprobs
 from align.algorithms.pairs import GlobalBatchSampler, PairData, PairRows, collate_pairs
-from align.algorithms.policy_objective import collapsed
-from align.algorithms.preference_trainer import Policy, PreferenceTrainer
+from align.algorithms.policy_objective import collapsed, values
+from align.algorithms.preference_trainer import Policy, PreferenceTrainer, Results
 from align.algorithms.settings import Dpo
 from align.errors import ConfigError, StageError
 from align.models.adapters import add_lora, load_adapter, without_adapter
@@ -107,6 +107,18 @@ def left(out: Path) -> dict[str, bytes]:
 
 def curves(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "curves.jsonl").read_text().splitlines()]
+
+
+def test_a_tie_of_the_judge_is_half_right_however_it_is_ranked() -> None:
+    ahead = torch.tensor([2.0, 2.0, -2.0, 0.0])
+    nothing, one = torch.zeros(4), torch.ones(4)
+    pairs = PairLogprobs(
+        policy_chosen=ahead, policy_rejected=nothing, reference_chosen=nothing,
+        reference_rejected=nothing, chosen_length=one, rejected_length=one, margin=nothing,
+    )  # fmt: skip
+    results = Results(loss=nothing, chosen_reward=ahead, rejected_reward=nothing)
+    found = values(pairs, results, p=torch.tensor([0.6, 0.5, 0.5, 1.0]))
+    assert found["accuracy"].tolist() == [1.0, 0.5, 0.5, 0.5]
 
 
 def test_pairs_are_learnt_and_nothing_that_runs_code_is_left(

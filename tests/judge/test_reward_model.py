@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from align.artifacts import HashCache
 from align.errors import ConfigError, StageError
 from align.judge.reward_model import WINDOW, compare
 from align.judge.settings import RewardModel
-from align.models.settings import Model
+from align.models.adapters import add_lora
+from align.models.load import load_model
+from align.models.scorer import open_scorer
+from align.models.settings import Lora, Model
 from align.records import Comparison, Message, Prompt, Verdict
 from align.shapes import shape
 from tests.conftest import STARTER
+from tests.models.test_classifier import save_words
 from tests.stages.test_reward import trained
 
 
@@ -86,8 +91,6 @@ def test_another_base_may_be_named_and_must_fit(ours: Path, tiny: Model) -> None
 
 def standalone(folder: Path, *, labels: int = 1) -> Path:
     """Somebody's classifier with another tokenizer: its template ends a turn with a new line."""
-    from transformers import AutoConfig
-
     config = AutoConfig.for_model(
         "llama", vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128,
@@ -125,6 +128,58 @@ def test_a_classifier_of_others_scores_as_transformers_does(tmp_path: Path) -> N
         )
         assert verdict.p_first == pytest.approx(1 / (1 + math.exp(second - first)), abs=1e-5)
         assert verdict.judge == "theirs"
+
+
+def test_a_cross_encoder_of_others_reads_question_and_answer_as_its_own_pair(
+    tmp_path: Path,
+) -> None:
+    config = AutoConfig.for_model(
+        "bert", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=32, num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(save_words(tmp_path))
+    pairs = [("three days", "no pay"), ("the office", "of the employer 0 1")]
+    found = open_scorer(tmp_path, base=None).scores(
+        [((Message(role="user", content=question),), answer) for question, answer in pairs]
+    )
+    with torch.no_grad():
+        whole = [model(**tokenizer(*pair, return_tensors="pt")) for pair in pairs]
+    assert found == pytest.approx([one.logits.item() for one in whole], abs=1e-5)
+
+
+def test_a_classifier_of_others_has_its_head_in_float32(tmp_path: Path) -> None:
+    folder = standalone(tmp_path / "theirs")
+    half = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(folder)
+    base = Model(name="", revision=None, quantization="none", dtype="bfloat16", chat_template=None)
+    scorer = open_scorer(folder, base=base)
+    assert scorer.model.dtype == torch.bfloat16
+    assert scorer.model.score.weight.dtype == torch.float32
+    asked = comparisons(8)
+    found = torch.tensor(scorer.scores([(c.prompt.messages, c.first) for c in asked]))
+    assert (found.bfloat16() != found).any(), "more than eight bits"
+
+
+def test_a_classifier_of_others_without_its_head_is_refused(tmp_path: Path) -> None:
+    folder = standalone(tmp_path / "theirs")
+    file = folder / "model.safetensors"
+    kept = {key: value for key, value in load_file(file).items() if key != "score.weight"}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(StageError, match=r"judge\.path=.*its checkpoint has no score\.weight"):
+        judge(comparisons(1), settings(folder))
+
+
+def test_an_adapter_that_dpo_left_is_refused_whatever_base_is_named(
+    tiny: Model, lora: Lora, tmp_path: Path
+) -> None:
+    add_lora(load_model(tiny), settings=lora, seed=0).save_pretrained(tmp_path)
+    for base in (None, tiny):
+        with pytest.raises(StageError, match=r"^judge\.path=.*(no reward\.json|no head)"):
+            judge(comparisons(1), settings(tmp_path, model=base))
 
 
 def test_a_classifier_of_classes_is_refused(tmp_path: Path) -> None:

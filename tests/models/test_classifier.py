@@ -1,5 +1,6 @@
 """Scores of answers: read at the end of turn, in float32, the same wherever the model is loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,21 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertTokenizer,
+)
 
 from align.errors import ConfigError, StageError
+from align.models.adapters import add_lora
 from align.models.classifier import (
     load_classifier,
     load_reward_model,
     score_adapter,
     scores,
+    segments,
 )
 from align.models.load import load_model
 from align.models.logprobs import last_hidden
@@ -37,6 +45,15 @@ def save_encoder(folder: Path, architecture: str = "bert") -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def save_words(folder: Path) -> Path:
+    """BERT's tokenizer with a few whole words, in a model's folder."""
+    words = ["days", "office", "three", "pay", "employer", "the", "of", "no", "0", "1"]
+    file = folder.with_suffix(".vocabulary")
+    file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizer(str(file)).save_pretrained(folder)
     return folder
 
 
@@ -95,6 +112,26 @@ def test_what_is_saved_scores_the_same_in_plain_transformers_and_peft(
             plain = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
             found = plain(input_ids=row, attention_mask=torch.ones_like(row)).logits[:, 0]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_computes_in_float32_under_mixed_precision_and_on_a_bfloat16_base(
+    base: Path, dtype: str
+) -> None:
+    model = load_classifier(replace(model_settings(base), dtype=dtype), seed=1)
+    assert model.dtype == getattr(torch, dtype)
+    head = getattr(model, "score", None) or model.classifier
+    given: list[torch.Tensor] = []
+    head.register_forward_hook(lambda module, arguments, output: given.append(arguments[0]))
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = scores(model, input_ids=ids(), lengths=LENGTHS)
+        last = given[-1].float()
+        exact = last @ head.weight.float().T + (0 if head.bias is None else head.bias)
+        torch.testing.assert_close(found, exact[:, 0], rtol=1e-6, atol=1e-6)
+    assert (found.bfloat16() != found).any(), "more than eight bits"
+    heads = [p for key, p in model.named_parameters() if key.startswith(("score", "classifier"))]
+    assert {p.dtype for p in heads} == {torch.float32}
 
 
 def test_an_end_of_turn_that_is_the_padding_is_counted(tiny_folder: Path, lora: Lora) -> None:
@@ -184,6 +221,23 @@ def test_an_adapter_without_its_head_is_refused(tiny: Model, lora: Lora, tmp_pat
     save_file({k: v for k, v in load_file(file).items() if "score" not in k}, file)
     with pytest.raises(StageError, match=r"no .*score"):
         load_reward_model(tiny, tmp_path)
+
+
+def test_an_adapter_of_a_language_model_is_refused(tiny: Model, lora: Lora, tmp_path: Path) -> None:
+    """What DPO leaves: PEFT would fail with an AttributeError."""
+    add_lora(load_model(tiny), settings=lora, seed=0).save_pretrained(tmp_path)
+    with pytest.raises(StageError, match="a language model's, which has no head"):
+        load_reward_model(tiny, tmp_path)
+
+
+def test_what_is_scored_as_it_is_must_have_its_head(base: Path) -> None:
+    with pytest.raises(StageError, match=r"no (score|bert\.pooler)\..*would be random"):
+        load_classifier(model_settings(base), seed=None)
+
+
+def test_segments_change_behind_the_first_separator() -> None:
+    row = torch.tensor([[2, 7, 3, 8, 3, 0], [2, 3, 9, 9, 9, 9]])
+    assert segments(row, separator=3).tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
 
 
 def test_a_model_that_cannot_classify_is_refused(tmp_path: Path) -> None:

@@ -3,18 +3,23 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 from align.models.adapters import add_lora, without_adapter
 from align.models.load import load_model
 from align.models.settings import Model
 from align.stages import reference
+from align.stages.settings import ReferenceStage
+from tests.conftest import model_settings
+from tests.models.test_classifier import save_encoder, save_words
 from tests.stages.pairs import LORA, reference_stage, write_preferences
 
 
@@ -66,6 +71,27 @@ def test_cuts_are_counted(tiny: Model, tmp_path: Path) -> None:
     counts = json.loads((out / "counts.json").read_text())
     assert counts["prompts_cut"] > 0 and counts["completions_cut"] > 0
     assert all(length <= 20 for length in rows(out)["length"])
+
+
+def test_an_encoder_gives_no_answer_a_probability(tmp_path: Path) -> None:
+    encoder = model_settings(save_words(save_encoder(tmp_path / "bert")))
+    with pytest.raises(ConfigError, match=r"both directions.*type reward\.score=head"):
+        run(encoder, tmp_path / "reference")
+
+
+def test_an_unscored_decoder_is_not_given_an_encoders_template(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer may well have a separator; the reward model would be read another way."""
+    bare = copytree(tiny_folder, tmp_path / "bare")
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    tokenizer.chat_template, tokenizer.sep_token = None, tokenizer.eos_token
+    (bare / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(bare)
+    preferences = {"preferences": write_preferences(tmp_path / "preferences")}
+    unscored = ReferenceStage(model=model_settings(bare), max_length=None, score=False)
+    with pytest.raises(ConfigError, match="no chat template"):
+        reference.run(unscored, preferences, tmp_path)
 
 
 class Killed(BaseException):

@@ -10,13 +10,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
-from align.algorithms.online import open_source
+from align.algorithms.online import open_source, saved_calibration
 from align.errors import StageError
 from align.jsonl import read_records
 from align.models.load import load_model
@@ -27,10 +30,12 @@ from align.models.settings import Model
 from align.records import Candidate, Message, Prompt
 from align.rewards.source import Sample
 from align.stages import reference, reward
+from align.stages.reward import Judged, measures
+from align.stages.reward_page import sentence
 from align.stages.settings import ReferenceStage, RewardStage
 from tests.algorithms.test_reward import SETTINGS
 from tests.conftest import model_settings
-from tests.models.test_classifier import save_encoder
+from tests.models.test_classifier import save_encoder, save_words
 from tests.stages.pairs import LORA, write_preferences
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,6 +77,17 @@ def trained(model: Model, folder: Path, **inputs: Path) -> Path:
     return out
 
 
+def told(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def pair(difference: float, p: float, prompt: int) -> Judged:
+    return Judged(
+        id=str(prompt), place=prompt, prompt=str(prompt), p=p, score_chosen=difference,
+        score_rejected=0.0, length_chosen=3, length_rejected=2,
+    )  # fmt: skip
+
+
 def left(out: Path) -> dict[str, bytes]:
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
@@ -80,7 +96,7 @@ def test_what_it_writes_agrees_with_itself(tiny: Model, tmp_path: Path) -> None:
     out = trained(tiny, tmp_path)
     assert sorted(left(out)) == FILES
     metrics = json.loads((out / "metrics.json").read_text())
-    pairs = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    pairs = told(out / "held_out.jsonl")
     right = [pair["score_chosen"] > pair["score_rejected"] for pair in pairs]
     assert metrics["reward/held_out_accuracy"] == pytest.approx(numpy.mean(right))
     low, high = (metrics[f"reward/held_out_accuracy_{end}"] for end in ("low", "high"))
@@ -90,8 +106,62 @@ def test_what_it_writes_agrees_with_itself(tiny: Model, tmp_path: Path) -> None:
     page = (out / "report.html").read_text()
     assert f"{100 * numpy.mean(right):.1f}%" in page and page.count("<svg") == 7
     assert not re.search(r"(src|href)=.http", page)
-    told = (out / "verdict.txt").read_text()
-    assert told.endswith("\n") and str(len(pairs)) in told
+    verdict = (out / "verdict.txt").read_text()
+    assert verdict.endswith("\n") and str(len(pairs)) in verdict
+
+
+def test_ties_of_the_judge_are_no_part_of_the_accuracy() -> None:
+    """40 ties, all of them ranked one way, and 20 pairs of which 15 are right."""
+    decided = [pair(1.0 if i % 4 else -1.0, 0.8, i) for i in range(20)]
+    found = measures([*decided, *(pair(1.0, 0.5, 20 + i) for i in range(40))], seed=0)
+    alone = measures(decided, seed=0)
+    for end in ("", "_low", "_high"):
+        assert found[f"reward/held_out_accuracy{end}"] == alone[f"reward/held_out_accuracy{end}"]
+    assert found["reward/held_out_accuracy"] == 0.75
+    assert (found["reward/held_out_pairs"], found["reward/held_out_ties"]) == (20, 40)
+    assert found["reward/held_out_prompts"] == 20
+
+
+def test_where_all_are_ties_it_cannot_be_told_from_chance() -> None:
+    found = measures([pair(1.0, 0.5, i) for i in range(30)], seed=0)
+    assert found["reward/held_out_accuracy"] == 0.5 and found["reward/held_out_pairs"] == 0
+    assert "cannot be told from chance" in sentence(found) and "50.0%" in sentence(found)
+
+
+@pytest.mark.parametrize(
+    ("right", "says"),
+    [
+        (90, r"^The reward model ranks 90\.0% \(.*\) of 100 held-out pairs as the judge does\.$"),
+        (50, r"cannot be told from chance: it ranks 50\.0%"),
+        (
+            10,
+            r"the wrong way round more often than not: 10\.0% .*Check whether chosen and rejected",
+        ),
+    ],
+)
+def test_worse_than_chance_is_not_called_chance(right: int, says: str) -> None:
+    found = measures([pair(1.0 if i < right else -1.0, 0.9, i) for i in range(100)], seed=0)
+    assert re.search(says, sentence(found))
+
+
+def test_an_answer_that_was_cut_off_is_no_reference_while_there_are_whole_ones(
+    tmp_path: Path,
+) -> None:
+    """In use a cut answer is scored without the end of turn that a text would be given here."""
+
+    def written(*finishes: str) -> set[tuple[str, int]]:
+        lines = [
+            {"id": str(i), "prompt": "q", "responses": [{"text": "a", "finish": f} for f in prompt]}
+            for i, prompt in enumerate(finish.split() for finish in finishes)
+        ]
+        file = tmp_path / "candidates.jsonl"
+        file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        seeds = range(20)
+        found = [reward.drawn(file, numpy.random.default_rng(seed)) for seed in seeds]
+        return {(candidate.id, k) for one in found for candidate, k in one}
+
+    assert written("length eos length eos", "length length") == {("0", 1), ("0", 3)}
+    assert written("length length", "length") == {("0", 0), ("0", 1), ("1", 0)}
 
 
 def test_reference_responses_have_mean_0_and_deviation_1_after_reload(
@@ -99,32 +169,35 @@ def test_reference_responses_have_mean_0_and_deviation_1_after_reload(
 ) -> None:
     folder = write_candidates(tmp_path / "candidates")
     out = trained(tiny_nf4, tmp_path, candidates=folder)
-    told = json.loads((out / "adapter" / "reward.json").read_text())
-    assert told["n"] == 20 and told["reference"] == "answers of the model before training"
+    said = json.loads((out / "adapter" / "reward.json").read_text())
+    assert said["n"] == 20 and said["reference"] == "answers of the model before training"
     scorer = open_scorer(out / "adapter", base=None)
     drawn = reward.drawn(folder / "candidates.jsonl", numpy.random.default_rng(1))
     raw = scorer.scores([(c.messages, c.responses[k].text) for c, k in drawn])
     normal = [scorer.normalised(value) for value in raw]
     assert numpy.mean(normal) == pytest.approx(0, abs=1e-4)
     assert numpy.std(normal) == pytest.approx(1, abs=1e-4)
+    online: Any = SimpleNamespace(reward_model=out / "adapter")
+    known = saved_calibration(online, reward="role")
+    assert known is not None and known.highest == pytest.approx(max(raw), abs=1e-4)
+    assert known.lowest == pytest.approx(min(raw), abs=1e-4)
     assert len({c.id for c, _ in drawn}) == 20
-    known = list(read_records(folder / "candidates.jsonl", Candidate.from_json))
-    assert {c.id for c, _ in drawn} == {c.id for c in known}
+    candidates = read_records(folder / "candidates.jsonl", Candidate.from_json)
+    assert {c.id for c, _ in drawn} == {c.id for c in candidates}
 
 
 def test_text_scores_as_the_tokens_that_were_trained_on(tiny: Model, tmp_path: Path) -> None:
     out = trained(tiny, tmp_path)
     scorer = open_scorer(out / "adapter", base=None)
     file = tmp_path / "preferences" / "preferences.jsonl"
-    lines = {json.loads(line)["chosen"]: json.loads(line) for line in file.read_text().splitlines()}
-    pairs = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    lines, pairs = told(file), told(out / "held_out.jsonl")
     for pair in pairs:
-        known = [line for line in lines.values() if line["id"] == pair["id"]]
-        found = scorer.scores(
-            [((Message(role="user", content=x["messages"][0]["content"]),), x["chosen"])
-             for x in known]
-        )  # fmt: skip
-        assert min(abs(score - pair["score_chosen"]) for score in found) < 1e-4
+        line = lines[pair["place"]]
+        asked = (Message(role="user", content=line["messages"][0]["content"]),)
+        found = scorer.scores([(asked, line["chosen"]), (asked, line["rejected"])])
+        assert found == pytest.approx([pair["score_chosen"], pair["score_rejected"]], abs=1e-4)
+        assert line["id"] == pair["id"] and line["p"] == pytest.approx(pair["p"])
+    assert len({pair["place"] for pair in pairs}) == len(pairs) > 2
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -151,8 +224,8 @@ def test_an_implicit_reward_is_a_plain_language_models_adapter_against_its_base(
     found = scorer.row_scores(rows)
     by_hand = [0.7 * (a - b) for a, b in zip(after, before, strict=True)]
     assert found == pytest.approx(by_hand, abs=1e-3) and numpy.std(found) > 0.01
-    told = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
-    kept = [pair[f"score_{side}"] for pair in told for side in ("chosen", "rejected")]
+    held_out = told(out / "held_out.jsonl")
+    kept = [pair[f"score_{side}"] for pair in held_out for side in ("chosen", "rejected")]
     assert kept == pytest.approx(found, abs=1e-3)
 
     roles = Roles(load_model(model))
@@ -169,13 +242,7 @@ def test_an_implicit_reward_is_a_plain_language_models_adapter_against_its_base(
 
 
 def test_an_encoder_learns_too_and_its_weights_are_not_needed_for_tokens(tmp_path: Path) -> None:
-    from transformers import BertTokenizer
-
-    folder = save_encoder(tmp_path / "bert")
-    words = ["days", "office", "three", "pay", "employer", "the", "of", "no", "0", "1"]
-    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (tmp_path / "vocab.txt").write_text("\n".join(known))
-    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    folder = save_words(save_encoder(tmp_path / "bert"))
     model = model_settings(folder)
     weights = folder / "model.safetensors"
     hidden = weights.rename(tmp_path / "hidden")
@@ -185,6 +252,10 @@ def test_an_encoder_learns_too_and_its_weights_are_not_needed_for_tokens(tmp_pat
     out.mkdir()
     reward.run(stage(model), {"reference": tokens}, out)
     assert sorted(left(out)) == FILES
+    pairs = told(out / "held_out.jsonl")
+    apart = numpy.mean([pair["score_chosen"] - pair["score_rejected"] for pair in pairs])
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["reward/held_out_margin"] == pytest.approx(apart, abs=1e-4), "read as trained"
     scorer = open_scorer(out / "adapter", base=None)
     question = (Message(role="user", content="three days"),)
     row = scorer.encoded(question, "no pay")
@@ -196,6 +267,14 @@ def test_an_encoder_learns_too_and_its_weights_are_not_needed_for_tokens(tmp_pat
     assert ids.count(scorer.tokenizer.sep_token_id) == 2, "text cannot end a turn"
     one, two = scorer.scores([(question, "no pay"), (question, "the office of the employer")])
     assert one != two
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    plain = PeftModel.from_pretrained(plain, str(out / "adapter")).eval()
+    given = scorer.tokenizer("three days", "no pay", return_tensors="pt")
+    assert given.token_type_ids.tolist() == [[0, 0, 0, 0, 1, 1, 1]]
+    with torch.no_grad():
+        assert plain(**given).logits.item() == pytest.approx(one, abs=1e-5)
+        given["token_type_ids"] *= 0
+        assert abs(plain(**given).logits.item() - one) > 1e-3, "segments matter"
 
 
 def test_a_sigkill_in_the_middle_changes_no_bit(tiny_nf4: Model, tmp_path: Path) -> None:
@@ -254,8 +333,25 @@ def test_a_folder_without_a_reward_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="neither an adapter nor a model"):
         open_scorer(tmp_path, base=None)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(StageError, match=r"no reward\.json that names its base"):
+    with pytest.raises(StageError, match=r"no reward\.json that names its base; type"):
         open_scorer(tmp_path, base=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"mean": 0.0, "std"', r"reward\.json: damaged \(Expecting"),
+        ("7", r"reward\.json: damaged"),
+        ('{"base": {"name": "x"}}', r"no reward\.json that names its base \(.*revision"),
+        ('{"base": "x"}', r"no reward\.json that names its base \("),
+    ],
+)
+def test_a_damaged_reward_json_is_one_line(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "reward.json").write_text(text)
+    with pytest.raises(StageError, match=says) as raised:
+        open_scorer(tmp_path, base=None)
+    assert "\n" not in str(raised.value)
 
 
 def test_no_conversation_needs_no_model() -> None:
