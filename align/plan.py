@@ -169,9 +169,13 @@ def check_reward(config: Config) -> None:
     """
     Raises:
         ConfigError: no reward model's training is chosen, or beside it a policy's that no stage
-            would do.
+            would do. One that wants a reward model may stop before it, to look at the reward model.
     """
-    idle = "train" not in config.stages and config.algorithm is not None
+    idle = (
+        "train" not in config.stages
+        and config.algorithm is not None
+        and not needs_of(config.algorithm).reward
+    )
     if config.reward is None:
         raise ConfigError(
             f"stages={shown(config)}: reward trains a reward model, and no algorithm for it is "

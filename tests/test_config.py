@@ -292,6 +292,8 @@ def test_the_reward_model_has_tuned_values_of_its_own_and_shapes_no_step_of_dpo(
     assert [step.name for step in plan(config, yaml="", command="")] == [
         "prompts", "candidates", "preferences", "reference", "reward",
     ]  # fmt: skip
+    stopped = read_config(composed("recipe=ppo", "stages=[generate,label,reward]"))
+    assert [step.name for step in plan(stopped, yaml="", command="")][-1] == "reward"
     alone = read_config(composed("recipe=dpo"))
     assert alone.reward is None
     both = read_config(
