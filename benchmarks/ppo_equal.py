@@ -245,7 +245,7 @@ def by_the_learner(
 ) -> Iterator[tuple[str, float]]:
     """The same gradients by the method that training calls, where no bridge is needed."""
     from align.algorithms.ppo.advantages import Estimated
-    from align.algorithms.ppo.learner import lessons
+    from align.algorithms.ppo.learner import lesson_of
 
     replay.optimizer.zero_grad(set_to_none=True)
     passes = replace(
@@ -254,7 +254,7 @@ def by_the_learner(
     )  # fmt: skip
     estimated = Estimated(advantages=replay.seen("advantages"), returns=replay.seen("returns"))
     experience = experience_of(replay, passes, replay.seen("scores"))
-    lesson = lessons(experience, estimated, settings=replay.settings)
+    lesson = lesson_of(experience, estimated, settings=replay.settings)
     answers = [experience.rollouts.rows[i] for i in rows]
     flat = lesson.of(rows, replay.mask, device=replay.roles.model.device)
     replay.learner.accumulate(answers, flat, warming=False)

@@ -179,12 +179,12 @@ def flat(replay: Replay, rows: list[int], mask: Any) -> Any:
     """TRL's own figures at the tokens of `mask`."""
     import torch
 
-    from align.algorithms.ppo.learner import Flat
+    from align.algorithms.ppo.learner import Lesson
 
     def chosen(name: str) -> Any:
         return replay.seen(name)[rows][mask]
 
-    return Flat(
+    return Lesson(
         old_logprobs=chosen("logprobs"),
         reference_logprobs=chosen("ref_logprobs"),
         old_values=chosen("values"),

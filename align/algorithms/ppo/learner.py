@@ -30,7 +30,7 @@ PER_STEP = ("grad_norm", "value_grad_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flat:
+class Lesson:
     """What each token is learnt from: [N, R] of all answers, or [M] of the tokens of some rows that
     count, one after the other.
     """
@@ -42,19 +42,19 @@ class Flat:
     returns: torch.Tensor
     weights: torch.Tensor
 
-    def of(self, rows: Sequence[int], mask: torch.Tensor, *, device: torch.device) -> "Flat":
+    def of(self, rows: Sequence[int], mask: torch.Tensor, *, device: torch.device) -> "Lesson":
         """The tokens of some rows that `mask` [N, R] counts, in the order in which a forward pass
         gives them.
         """
         where = torch.tensor(rows)
         counted = mask[where]
         parts = {key: value[where][counted].to(device) for key, value in vars(self).items()}
-        return Flat(**parts)
+        return Lesson(**parts)
 
 
-def lessons(experience: Experience, estimated: Estimated, *, settings: Ppo) -> Flat:
+def lesson_of(experience: Experience, estimated: Estimated, *, settings: Ppo) -> Lesson:
     """Of all answers, [N, R] each."""
-    return Flat(
+    return Lesson(
         old_logprobs=experience.passes.logprobs,
         reference_logprobs=experience.passes.reference_logprobs,
         old_values=experience.passes.values,
@@ -88,7 +88,7 @@ class Learner:
         """
         measured = {key: 0.0 for key in (*MEASURED, *PER_STEP, "tokens", "steps")}
         warming = iteration < self.settings.critic_warmup and self.settings.value != "none"
-        mask, whole = experience.mask(), lessons(experience, estimated, settings=self.settings)
+        mask, lesson = experience.mask(), lesson_of(experience, estimated, settings=self.settings)
         for epoch in range(self.settings.epochs):
             order = minibatches(
                 experience.rollouts.groups, count=self.settings.minibatches,
@@ -98,7 +98,7 @@ class Learner:
                 taught = [i for i in rows if bool(mask[i].any())]
                 if not taught:
                     continue
-                step = self.step(taught, experience.rollouts.rows, whole, mask, warming=warming)
+                step = self.step(taught, experience.rollouts.rows, lesson, mask, warming=warming)
                 for key, value in step.items():
                     measured[key] += value
                 if not step["steps"]:
@@ -109,7 +109,7 @@ class Learner:
         self,
         rows: Sequence[int],
         answers: Sequence[Row],
-        lesson: Flat,
+        lesson: Lesson,
         mask: torch.Tensor,
         *,
         warming: bool,
@@ -163,7 +163,7 @@ class Learner:
         chosen = [group for group in groups if not (warming and group["role"] == POLICY)]
         return [parameter for group in chosen for parameter in group["params"]]
 
-    def accumulate(self, answers: Sequence[Row], flat: Flat, *, warming: bool) -> None:
+    def accumulate(self, answers: Sequence[Row], flat: Lesson, *, warming: bool) -> None:
         """Adds the gradients of some answers, summed over their tokens."""
         device = self.roles.model.device
         packed = collate(answers, device=device)
@@ -190,7 +190,7 @@ class Learner:
             loss = loss + self.settings.value_coef * self.value_term(values, flat)
         torch.autograd.backward(loss)
 
-    def policy_term(self, logprobs: torch.Tensor, flat: Flat) -> torch.Tensor:
+    def policy_term(self, logprobs: torch.Tensor, flat: Lesson) -> torch.Tensor:
         """Summed over tokens."""
         surrogate = policy_loss(
             logprobs, flat.old_logprobs, flat.advantages,
@@ -211,7 +211,7 @@ class Learner:
             loss = loss + self.settings.kl_loss * held
         return loss
 
-    def value_term(self, values: torch.Tensor, flat: Flat) -> torch.Tensor:
+    def value_term(self, values: torch.Tensor, flat: Lesson) -> torch.Tensor:
         """Summed over tokens."""
         loss = value_loss(
             values, flat.old_values, flat.returns, clip=self.settings.value_clip

@@ -22,7 +22,7 @@ from align.algorithms.ppo.experience import (
     passes,
     sampler_weights,
 )
-from align.algorithms.ppo.learner import MEASURED, lessons
+from align.algorithms.ppo.learner import MEASURED, lesson_of
 from align.algorithms.ppo.measures import measures
 from align.algorithms.ppo.rollout import Rollouts, mask_of, rollout, samples_of, sampling
 from align.algorithms.ppo.run import made
@@ -227,7 +227,7 @@ def test_the_end_of_turn_counts_whether_it_is_the_padding_or_not(
         mask = torch.zeros_like(experience.mask())
         mask[i, len(experience.rollouts.rows[i].completion) - 1] = True
         alone = Estimated(advantages=mask.float(), returns=mask.float())
-        lesson = lessons(experience, alone, settings=run.settings)
+        lesson = lesson_of(experience, alone, settings=run.settings)
         flat = lesson.of([i], experience.mask(), device=torch.device("cpu"))
         run.learner.totals = dict.fromkeys(MEASURED, torch.zeros(()))
         run.learner.accumulate([experience.rollouts.rows[i]], flat, warming=False)
