@@ -242,7 +242,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         loaded = resident("VmRSS")
         ppo_setup.forget_peak()
         give_rollouts(ours, samples=shape.samples, temperature=chosen.temperature)
-        trainer.save = lambda: None  # the last iteration would write a checkpoint
+        trainer.save = lambda random_states: None  # the last iteration would write a checkpoint
         clock = Clock(trainer)
         clock.hook()
         for iteration in range(given.iterations):

@@ -169,7 +169,6 @@ class OnAnswers:
         for key in ("beta", "weight_decay", "top_k", "logged_samples"):
             check_range(f"algorithm.{key}", getattr(self, key), low=0)
         check_range("algorithm.top_p", self.top_p, low=0, high=1)
-        check_choice("algorithm.truncated", self.truncated, TRUNCATED)
         check_choice("algorithm.schedule", self.schedule, SCHEDULES)
         check_choice("algorithm.optimizer", self.optimizer, OPTIMIZERS)
         check_range("algorithm.warmup", self.warmup, low=0, high=0.99)
@@ -214,6 +213,7 @@ class Ppo(OnAnswers):
         for key in ("dual_clip", "importance_cap"):
             if (value := getattr(self, key)) is not None:
                 check_range(f"algorithm.{key}", value, low=1, above=True)
+        check_choice("algorithm.truncated", self.truncated, TRUNCATED)
         check_choice("algorithm.value", self.value, VALUES)
         check_range("algorithm.minibatches", self.minibatches, low=1, high=self.prompts)
         self.check_together()

@@ -11,13 +11,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from align.algorithms import checkpoints
-from align.algorithms.ppo.health import hopeless, warnings_of
+from align.algorithms.ppo.health import check_hopeful, warnings_of
 from align.algorithms.ppo.measures import CURVES, SAMPLES, TIMING, append
 from align.algorithms.ppo.monitor import Monitor
 from align.algorithms.ppo.warned import Warned
 from align.algorithms.settings import CriticFree
 from align.algorithms.trl_answers import Answers
-from align.errors import StageError
 from align.jsonl import read_lines, truncate_lines
 from align.progress import progress_bar
 
@@ -65,7 +64,7 @@ class Conductor(TrainerCallback):
         measured |= {"beta": self.settings.beta}
         measured |= {name: float(logs[key]) for name, key in LOGGED.items() if key in logs}
         self.history.append(measured)
-        self.check(measured, iteration)
+        check_hopeful(measured, iteration, settings=self.settings)
         took |= self.watch(measured, iteration)
         if self.answers.ranks.first:
             self.warn(iteration)
@@ -77,19 +76,6 @@ class Conductor(TrainerCallback):
             note = f"reward {measured['reward']:.3g}, KL {measured['kl']:.2f}"
             self.advance(1, answers, note)
         self.started = time.perf_counter()
-
-    def check(self, measured: dict[str, float], iteration: int) -> None:
-        """
-        Raises:
-            StageError: the run cannot recover.
-        """
-        reason = hopeless(measured)
-        if reason is not None:
-            raise StageError(
-                f"training collapsed at iteration {iteration}: {reason}; lower "
-                f"algorithm.learning_rate (now {self.settings.learning_rate:g}; try "
-                f"{self.settings.learning_rate / 4:g})"
-            )
 
     def watch(self, measured: dict[str, float], iteration: int) -> dict[str, float]:
         """Held-out prompts, now and then and after the last iteration; returns what it took."""

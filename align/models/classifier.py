@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from align.errors import ConfigError, StageError
+from align.errors import ConfigError, StageError, first_line
 from align.models.adapters import add_lora, keep_in_fp32
 from align.models.load import (
     SEPARATED,
@@ -215,7 +215,7 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def unfit(folder: Path, error: Exception) -> StageError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     return StageError(
         f"{folder}: no reward model for this base ({reason}); give the folder that a reward "
         "training on the same base wrote"

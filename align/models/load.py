@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from align.errors import ConfigError
+from align.errors import ConfigError, first_line
 from align.models.settings import Model
 
 # Where a configuration names no window (state-space models), sequences are still held to something.
@@ -158,7 +158,7 @@ def keep_gradients_on_cpu(model: Any) -> None:
 def missing(settings: Model, what: str, error: Exception) -> ConfigError:
     """One line for what transformers tells in a page."""
     at = f" (revision {settings.revision})" if settings.revision else ""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     return ConfigError(
         f"model.name={settings.name}{at}: no {what} could be loaded ({reason}); give an existing "
         "folder in "

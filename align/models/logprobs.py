@@ -143,16 +143,18 @@ def last_hidden(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """What the decoder hands to the head, [B, T, H].
 
     Taken by a hook while the outermost wrapper runs, so that data parallelism sees its forward
-    pass; the wrapper itself computes logits for the last column alone.
+    pass; the wrapper itself computes logits for the last column alone, where it knows how to.
     """
+    bare = unwrapped(model)
     seen: list[torch.Tensor] = []
+    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(bare.forward).parameters else {}
 
     def keep(module: Any, arguments: Any, output: Any) -> None:
         seen.append(output[0])
 
-    handle = unwrapped(model).get_decoder().register_forward_hook(keep)
+    handle = bare.get_decoder().register_forward_hook(keep)
     try:
-        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+        model(input_ids=input_ids, use_cache=False, **few)
     finally:
         handle.remove()
     return seen[0]

@@ -31,7 +31,6 @@ from align.errors import StageError
 from align.models.adapters import add_lora, keep_in_fp32, read_adapter, save_adapter
 from align.models.settings import Lora
 
-HALF = (torch.bfloat16, torch.float16)
 HEAD = "base_model.model.score.weight"  # where a classifier's adapter keeps its head
 
 
@@ -86,8 +85,9 @@ class Roles:
     def role(self, name: str) -> Iterator[Any]:
         """The model that runs as `name` within; afterwards, whatever ran before.
 
-        On a base in half precision the adapters, which are in float32, are multiplied in the base's
-        type (mixed precision): in float32 each layer would keep a copy of its input for them.
+        On a base in half precision what is trained stands in float32 and is multiplied in the
+        base's type (mixed precision): an adapter would otherwise have each layer keep its input in
+        float32. A whole model is not trained in float16, whose gradients would overflow.
 
         Layers that recompute their activations do so only where gradients are wanted: with
         recomputation they would drop the cache that sampling lives on.
@@ -98,8 +98,9 @@ class Roles:
             layer.training = torch.is_grad_enabled()
         self.switch(bound.adapter)
         dtype = self.model.dtype
+        half = dtype == torch.bfloat16 or (dtype == torch.float16 and bound.model is None)
         try:
-            with torch.autocast(self.model.device.type, dtype=dtype, enabled=dtype in HALF):
+            with torch.autocast(self.model.device.type, dtype=dtype, enabled=half):
                 yield self.model if bound.model is None else bound.model
         finally:
             self.switch(before)

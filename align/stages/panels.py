@@ -49,7 +49,7 @@ SIDES = ("chosen", "rejected")
 LOSS = Shown(name="loss", title="Loss", keys=("loss",), told="what is minimised")
 ACCURACY = Shown(
     name="accuracy", title="Accuracy", keys=("accuracy",), percent=True,
-    told="pairs ranked as the judge ranks them",
+    told="pairs ranked as the judge ranks them; a tie counts half",
 )  # fmt: skip
 PAIRS = (
     LOSS,

@@ -31,6 +31,7 @@ from align.stages.train import split
 from align.stats import Interval
 
 REFERENCES = 1000  # responses that mean and deviation are taken of
+ENOUGH = 0.1  # of the prompts, with an answer that ended by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +234,8 @@ def calibrated(scorer: Scorer, inputs: dict[str, Path], data: PairData) -> dict[
 def drawn(path: Path, draw: np.random.Generator) -> list[tuple[Candidate, int]]:
     """One response, by its index, of each of at most `REFERENCES` prompts.
 
-    Those that were cut off are passed over, unless all were: as text they would be scored with an
-    end of turn that they never had.
+    Those that were cut off are passed over, unless too few others are left to calibrate by: as
+    text they would be scored with an end of turn that they never had.
     """
     candidates = IndexedRecords(path, Candidate.from_json)
     most = min(len(candidates), REFERENCES)
@@ -245,4 +246,4 @@ def drawn(path: Path, draw: np.random.Generator) -> list[tuple[Candidate, int]]:
         ended = [k for k, one in enumerate(candidate.responses) if one.finish != "length"]
         among = ended or range(len(candidate.responses))
         (whole if ended else cut).append((candidate, among[int(draw.integers(len(among)))]))
-    return whole or cut
+    return whole if len(whole) >= ENOUGH * most else whole + cut

@@ -120,7 +120,7 @@ class TrainStage:
 class OnlineStage:
     """`judge` gives rewards, where the algorithm asks one; `monitor` watches held-out prompts."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     model: Model
     adapter: Lora | Full
     algorithm: Any

@@ -162,6 +162,8 @@ def test_an_answer_that_was_cut_off_is_no_reference_while_there_are_whole_ones(
 
     assert written("length eos length eos", "length length") == {("0", 1), ("0", 3)}
     assert written("length length", "length") == {("0", 0), ("0", 1), ("1", 0)}
+    # One whole answer has no spread to calibrate by.
+    assert len(written("eos", *["length"] * 19)) == 20
 
 
 def test_reference_responses_have_mean_0_and_deviation_1_after_reload(

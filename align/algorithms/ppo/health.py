@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from align.algorithms.settings import OnAnswers
+from align.errors import StageError
 
 History = Sequence[Mapping[str, float]]  # measures by iteration, the newest last
 
@@ -12,15 +13,34 @@ FAR_RATIO = 0.5  # standard deviation of the probability ratio within one iterat
 LOW_ENTROPY = 0.2  # of what it was at first
 LENGTHS = (1 / 3, 3.0)  # times the first length
 CLIPPED_SHARE = 0.25
+LOOSE = 3.0  # deviations; a tighter clip is meant to hold many
 SURE = 2.0  # standard errors by which a win rate must have fallen
 
 
 def hopeless(measured: Mapping[str, float]) -> str | None:
     """Why a run cannot recover, None where it can."""
+    given = {"value_loss": 0.0, "value_grad_norm": 0.0, **measured}  # RLOO and GRPO have neither
     for key in ("policy_loss", "value_loss", "grad_norm", "value_grad_norm", "kl"):
-        if not math.isfinite(measured.get(key, 0.0)):
-            return f"{key} is {measured[key]}"
+        if not math.isfinite(given[key]):
+            return f"{key} is {given[key]}"
     return None
+
+
+def check_hopeful(measured: Mapping[str, float], iteration: int, *, settings: OnAnswers) -> None:
+    """
+    Args:
+        iteration: counted from 1.
+
+    Raises:
+        StageError: the run cannot recover.
+    """
+    reason = hopeless(measured)
+    if reason is not None:
+        raise StageError(
+            f"training collapsed at iteration {iteration}: {reason}; lower "
+            f"algorithm.learning_rate (now {settings.learning_rate:g}; try "
+            f"{settings.learning_rate / 4:g})"
+        )
 
 
 def warnings_of(
@@ -101,7 +121,7 @@ def of_the_rewards(
     """Whether they can be trusted still."""
     now = history[-1]
     found: dict[str, str] = {}
-    if now["clipped_rewards"] > CLIPPED_SHARE:
+    if settings.reward_clip >= LOOSE and now["clipped_rewards"] > CLIPPED_SHARE:
         found["reward_range"] = (
             f"{now['clipped_rewards']:.0%} of the rewards lie beyond algorithm.reward_clip="
             f"{settings.reward_clip:g}: the reward model is out of the range that it was "

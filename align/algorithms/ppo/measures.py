@@ -50,13 +50,13 @@ def measures(
 
 
 def same_rewards(experience: Experience) -> float:
-    """Share of the prompts whose rewarded answers all got one reward: nothing tells them apart."""
+    """Share of the prompts whose rewarded answers all count the same: nothing tells them apart."""
     taught = experience.taught
     given: dict[int, set[float]] = defaultdict(set)
-    groups, raw = experience.rollouts.groups[taught], experience.raw[taught]
-    for group, reward in zip(groups.tolist(), raw.tolist(), strict=True):
-        given[group].add(reward)
-    return sum(len(rewards) == 1 for rewards in given.values()) / len(given)
+    groups, scores = experience.rollouts.groups[taught], experience.scores[taught]
+    for group, score in zip(groups.tolist(), scores.tolist(), strict=True):
+        given[group].add(score)
+    return sum(len(found) == 1 for found in given.values()) / len(given)
 
 
 def told(

@@ -31,7 +31,7 @@ from align.algorithms.ppo.experience import (
     scored,
 )
 from align.algorithms.ppo.gather import gathered
-from align.algorithms.ppo.health import hopeless, warnings_of
+from align.algorithms.ppo.health import check_hopeful, warnings_of
 from align.algorithms.ppo.learner import Learner
 from align.algorithms.ppo.loss import next_beta
 from align.algorithms.ppo.measures import (
@@ -51,7 +51,6 @@ from align.algorithms.ppo.setup import set_learning_rates
 from align.algorithms.ppo.warned import Warned
 from align.algorithms.settings import Ppo
 from align.artifacts import COUNTS, write_json
-from align.errors import StageError
 from align.jsonl import truncate_lines
 from align.models.roles import Roles
 from align.process_group import Ranks
@@ -136,7 +135,7 @@ class Trainer:
             **learnt,
         }
         self.history.append(measured)
-        self.check(measured, iteration)
+        check_hopeful(measured, iteration + 1, settings=self.settings)
         self.beta = self.adapted(measured)
         self.iteration = iteration + 1
         self.watch(measured)
@@ -188,19 +187,6 @@ class Trainer:
             return samples
         said = seen.reference_logprobs.sum(-1).tolist()
         return [replace(s, base_logprob=v) for s, v in zip(samples, said, strict=True)]
-
-    def check(self, measured: dict[str, float], iteration: int) -> None:
-        """
-        Raises:
-            StageError: the run cannot recover.
-        """
-        reason = hopeless(measured)
-        if reason is not None:
-            raise StageError(
-                f"training collapsed at iteration {iteration + 1}: {reason}; lower "
-                f"algorithm.learning_rate (now {self.settings.learning_rate:g}; try "
-                f"{self.settings.learning_rate / 4:g})"
-            )
 
     def adapted(self, measured: dict[str, float]) -> float:
         if self.settings.kl_target is None:

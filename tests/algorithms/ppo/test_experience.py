@@ -23,7 +23,7 @@ from align.algorithms.ppo.experience import (
     sampler_weights,
 )
 from align.algorithms.ppo.learner import MEASURED, lesson_of
-from align.algorithms.ppo.measures import measures
+from align.algorithms.ppo.measures import measures, same_rewards
 from align.algorithms.ppo.rollout import Rollouts, mask_of, rollout, samples_of, sampling
 from align.algorithms.ppo.run import made
 from align.algorithms.ppo.seeds import derived
@@ -135,6 +135,13 @@ def test_padding_changes_no_measure() -> None:
     assert plain["length"] == 2.25 and plain["eos_rate"] == 0.75
 
 
+def test_answers_that_count_the_same_tell_nothing_whatever_they_were_given() -> None:
+    clipped = given(raw=torch.tensor([3.0, 4.0, 0.5, 0.5]), scores=torch.tensor([1.5, 1.5, 0, -1]))
+    assert same_rewards(clipped) == 0.5
+    alone = replace(clipped, taught=torch.tensor([True, True, True, False]))
+    assert same_rewards(alone) == 1
+
+
 def test_a_cut_answer_scores_exactly_the_penalty_or_its_own_or_goes_on() -> None:
     raw, ended = torch.tensor([3.0, 5.0, 99.0]), torch.tensor([True, False, True])
     options: dict[str, Any] = {"mean": 1.0, "std": 2.0}
@@ -229,7 +236,7 @@ def test_the_end_of_turn_counts_whether_it_is_the_padding_or_not(
         alone = Estimated(advantages=mask.float(), returns=mask.float())
         lesson = lesson_of(experience, alone, settings=run.settings)
         flat = lesson.of([i], experience.mask(), device=torch.device("cpu"))
-        run.learner.totals = dict.fromkeys(MEASURED, torch.zeros(()))
+        run.learner.totals = {key: torch.zeros(()) for key in MEASURED}
         run.learner.accumulate([experience.rollouts.rows[i]], flat, warming=False)
         gradients.append([p.grad for p in run.roles.parameters(POLICY)])
     one, other = found

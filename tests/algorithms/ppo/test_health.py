@@ -47,6 +47,12 @@ def test_a_mean_reward_beyond_every_reference_answer_is_out_of_range() -> None:
     assert list(told(best=0.2)) == ["reward_range"] and told(best=0.5) == {}
 
 
+def test_a_clip_that_is_meant_to_hold_many_is_not_warned_of() -> None:
+    history = [{**WELL, "clipped_rewards": 0.5}]
+    tight = settings(kl_band=[0.0, 20.0], reward_clip=1.0)
+    assert warnings_of(history, settings=tight, best_reference=None) == {}
+
+
 def test_a_trend_needs_more_than_a_few_iterations() -> None:
     assert told(before=2, entropy=0.1, length=100.0) == {}
 
@@ -55,7 +61,7 @@ def test_noise_around_zero_is_no_negative_kl() -> None:
     assert told(kl=-0.5, kl_error=0.3) == {}
 
 
-@pytest.mark.parametrize("key", ["policy_loss", "value_loss", "grad_norm", "kl"])
+@pytest.mark.parametrize("key", ["policy_loss", "value_loss", "grad_norm", "value_grad_norm", "kl"])
 def test_a_number_that_is_none_ends_the_run(key: str) -> None:
     spoilt: dict[str, Any] = {**WELL, key: float("nan")}
     assert hopeless(spoilt) == f"{key} is nan" and hopeless(WELL) is None
