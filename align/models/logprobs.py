@@ -250,17 +250,12 @@ def measured(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    found = [target_logprobs(logits, targets)]
-    if entropies:
-        logprobs = logits.log_softmax(-1)
-        found.append(-(logprobs.exp() * logprobs).sum(-1))
+    whole = logits.logsumexp(-1)
+    found = [logits.gather(-1, targets[:, None])[:, 0] - whole]
+    if entropies:  # -sum p log p, where log p is a logit less their logsumexp
+        p = (logits - whole[:, None]).exp()
+        found.append(whole - torch.linalg.vecdot(p, logits))
     return torch.stack(found)
-
-
-def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log softmax of [N, V] at `targets` [N], at least in float32."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def token_budget_batches(lengths: Sequence[int], *, budget: int) -> Iterator[list[int]]:

@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align.errors import StageError
 from align.models.adapters import add_lora, keep_in_fp32, read_adapter, save_adapter
+from align.models.fused_lora import fuse
 from align.models.settings import Lora
 
 HEAD = "base_model.model.score.weight"  # where a classifier's adapter keeps its head
@@ -196,6 +197,7 @@ class Roles:
                 if each not in self.trained:  # frozen ones cost no more than the base's precision
                     parameter.data = parameter.data.to(self.model.dtype)
         keep_in_fp32(self.model)
+        fuse(self.model, name)
         self.model.eval()
         self.layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
         self.switch(self.active)

@@ -195,6 +195,36 @@ def test_after_a_pass_of_the_base_alone_training_keeps_its_gradient_through_4_bi
         assert torch.equal(gradient, first[key]), key
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_the_sum_in_one_product_is_pefts(
+    tmp_path: Path, architecture: str, dtype: str, quantization: str
+) -> None:
+    """Values and gradients; 8-bit layers keep PEFT's own pass."""
+    folder = save_tiny(tmp_path, architecture)
+    settings = replace(model_settings(folder, quantization=quantization), dtype=dtype)
+    found = []
+    for fused in (True, False):
+        roles = two_roles(settings, Lora(
+            name="lora", rank=4, alpha=12, dropout=0.0, target_modules="all-linear"
+        ))  # fmt: skip
+        layers = [layer for layer in roles.layers if layer.lora_variant]
+        assert bool(layers) == (quantization != "int8")
+        if not fused:
+            for layer in layers:
+                layer.lora_variant.clear()
+        values = logprobs(roles, "policy")
+        joint_loss(roles).backward()
+        found.append((values.detach(), gradients(roles)))
+    (ours, grown), (theirs, expected) = found
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(ours, theirs, **close)
+    for key, value in expected.items():
+        off = (grown[key] - value).norm() / value.norm()
+        assert float(off) < (1e-4 if dtype == "float32" else 0.2), key
+
+
 def test_layers_that_would_draw_dropout_are_not_recomputed(lora: Lora, tmp_path: Path) -> None:
     """OPT's: the flag that arms recomputation is the one that its dropout reads."""
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 96, "num_attention_heads": 4}
