@@ -172,11 +172,12 @@ class Roles:
         Raises:
             ValueError, RuntimeError: they are not all there, or not of the base's shapes.
         """
-        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        config.base_model_name_or_path = str(inner.name_or_path)  # where it stands now
+        # The base as it is called now: it may have moved since the adapter was saved.
         if isinstance(self.model, PeftModel):
+            config.base_model_name_or_path = str(self.model.get_base_model().name_or_path)
             self.model.add_adapter(name, config)
         else:
+            config.base_model_name_or_path = None  # PEFT writes it
             self.model = get_peft_model(self.model, config, adapter_name=name)
         expected = set(get_peft_model_state_dict(self.model, adapter_name=name))
         if odd := sorted(expected ^ set(state)):
