@@ -83,6 +83,11 @@ def is_online(config: Config) -> bool:
     return wanted and needs_of(config.algorithm).reward
 
 
+def wants_reward_model(algorithm: Any) -> bool:
+    """Whether it learns from the reward model that the run trains."""
+    return needs_of(algorithm).reward and kind_of(getattr(algorithm, "reward", ROLE)) == ROLE
+
+
 def rewarded_by_judge(config: Config) -> bool:
     return is_online(config) and kind_of(getattr(config.algorithm, "reward", ROLE)) == JUDGE
 
@@ -174,7 +179,7 @@ def check_reward(config: Config) -> None:
     idle = (
         "train" not in config.stages
         and config.algorithm is not None
-        and not needs_of(config.algorithm).reward
+        and not wants_reward_model(config.algorithm)
     )
     if config.reward is None:
         raise ConfigError(

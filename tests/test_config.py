@@ -294,6 +294,9 @@ def test_the_reward_model_has_tuned_values_of_its_own_and_shapes_no_step_of_dpo(
     ]  # fmt: skip
     stopped = read_config(composed("recipe=ppo", "stages=[generate,label,reward]"))
     assert [step.name for step in plan(stopped, yaml="", command="")][-1] == "reward"
+    other = ["algorithm.reward=judge", "stages=[generate,label,reward]"]
+    with pytest.raises(ConfigError, match="none of stages"):
+        plan(read_config(composed("recipe=ppo", *other)), yaml="", command="")
     alone = read_config(composed("recipe=dpo"))
     assert alone.reward is None
     both = read_config(
