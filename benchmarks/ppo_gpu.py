@@ -151,7 +151,7 @@ def measured(
 def watch_memory(trainer: Trainer) -> dict[str, int]:
     """The highest memory of each phase, kept up to date; empty without a GPU."""
     peaks: dict[str, int] = defaultdict(int)
-    phase = trainer.timed
+    phase = trainer.clock.timed
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
@@ -162,7 +162,7 @@ def watch_memory(trainer: Trainer) -> dict[str, int]:
         if torch.cuda.is_available():
             peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
 
-    trainer.timed = timed  # type: ignore[method-assign]
+    trainer.clock.timed = timed  # type: ignore[method-assign]
     return peaks
 
 

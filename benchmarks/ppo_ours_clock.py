@@ -24,7 +24,8 @@ class Clock:
         import torch
 
         roles, learner = self.trainer.roles, self.trainer.learner
-        enter, phase = roles.role, self.trainer.timed
+        clock = self.trainer.clock
+        enter, phase = roles.role, clock.timed
 
         @contextmanager
         def role(name: str) -> Iterator[Any]:
@@ -40,7 +41,7 @@ class Clock:
                 self.parts.clear()
                 self.counts.clear()
 
-        roles.role, self.trainer.timed = role, timed
+        roles.role, clock.timed = role, timed
         learner.accumulate = self.counted(learner.accumulate)
         learner.optimizer.step = self.timed("step", learner.optimizer.step)
         torch.autograd.backward = self.timed("backward", torch.autograd.backward)

@@ -2,8 +2,6 @@
 of rewards, measured as PPO's.
 """
 
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from align.algorithms.online import (
     calibration_questions,
     check_rewarded,
 )
+from align.algorithms.ppo.clock import Clock
 from align.algorithms.ppo.experience import (
     POLICY,
     REFERENCE,
@@ -58,7 +57,7 @@ class Answers:
     drawn: Rollouts | None = None
     samples: list[Sample] = field(default_factory=list)
     experience: Experience | None = None
-    clock: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    clock: Clock = field(default_factory=Clock)
 
     @torch.no_grad()
     def calibrate(self) -> Calibration:
@@ -90,7 +89,7 @@ class Answers:
         """Answers to the questions that were asked last; the same whoever draws them, and
         whenever.
         """
-        with self.timed("generate"), self.still(), self.roles.role(POLICY) as model:
+        with self.clock.timed("generate"), self.still(), self.roles.role(POLICY) as model:
             self.drawn = rollout(
                 model, self.online.tokenizer, self.asked,
                 settings=sampling(self.settings, n=self.settings.samples),
@@ -104,9 +103,9 @@ class Answers:
         """
         assert self.drawn is not None and len(prompts) == len(self.drawn.rows)
         self.samples = samples_of(self.drawn, self.asked, self.online.tokenizer)
-        with self.timed("score"), self.still():
+        with self.clock.timed("score"), self.still():
             seen = passes(self.roles, self.drawn, settings=self.settings)
-        with self.timed("reward"), self.still():
+        with self.clock.timed("reward"), self.still():
             raw = raw_rewards(self.source, self.samples)
         found = scored(self.drawn, seen, raw, calibration=self.calibration, settings=self.settings)
         self.experience = found
@@ -142,13 +141,3 @@ class Answers:
             yield
         finally:
             self.roles.model.train(training)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.clock[phase] += time.perf_counter() - started

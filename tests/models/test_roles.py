@@ -225,6 +225,17 @@ def test_the_sum_in_one_product_is_pefts(
         assert float(off) < (1e-4 if dtype == "float32" else 0.2), key
 
 
+def test_the_gradient_of_the_sum_is_not_copied(tiny: Model, lora: Lora) -> None:
+    """Autograd's way of writing into a view copies it twice, which is a tenth of a backward
+    pass.
+    """
+    roles = two_roles(tiny, lora)
+    layer = next(layer for layer in roles.layers if layer.lora_variant)
+    with roles.role("policy"):
+        found = layer(torch.ones(1, 2, layer.in_features, requires_grad=True))
+    assert type(found.grad_fn).__name__ == "SumBackward"
+
+
 def test_layers_that_would_draw_dropout_are_not_recomputed(lora: Lora, tmp_path: Path) -> None:
     """OPT's: the flag that arms recomputation is the one that its dropout reads."""
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "ffn_dim": 96, "num_attention_heads": 4}

@@ -1,9 +1,6 @@
 """Proximal policy optimization, iteration by iteration: sample, score, estimate, learn."""
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from align.algorithms.online import (
     turn,
 )
 from align.algorithms.ppo import state
+from align.algorithms.ppo.clock import Clock
 from align.algorithms.ppo.experience import (
     POLICY,
     REFERENCE,
@@ -75,7 +73,7 @@ class Trainer:
     warned: Warned
     iteration: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    clock: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    clock: Clock = field(default_factory=Clock)
 
     def begin(self) -> None:
         """Goes on from the checkpoint, else calibrates the rewards on the reference's answers."""
@@ -119,7 +117,7 @@ class Trainer:
         # 2. What all processes found, shown to all.
         experience = gathered(experience, self.ranks)
         check_rewarded(experience.taught, reward=self.source.name)
-        with self.timed("learn"):
+        with self.clock.timed("learn"):
             # 3. Advantages over all rows, then the epochs.
             estimated = estimate(experience, beta=self.beta, settings=self.settings)
             optimizer = self.learner.optimizer
@@ -158,7 +156,7 @@ class Trainer:
     @torch.no_grad()
     def drawn(self, role: str, questions: Sequence[Question], first: int, *, seed: int) -> Rollouts:
         """Answers of a role."""
-        with self.timed("generate"), self.roles.role(role) as model:
+        with self.clock.timed("generate"), self.roles.role(role) as model:
             return rollout(
                 model, self.online.tokenizer, questions, first_group=first, seed=seed,
                 settings=sampling(self.settings, n=self.settings.samples),
@@ -171,10 +169,10 @@ class Trainer:
         mine, first = self.share(questions)
         seed = derived(self.online.seed, "rollout", iteration)
         drawn = self.drawn(POLICY, mine, first, seed=seed)
-        with self.timed("score"):
+        with self.clock.timed("score"):
             seen = passes(self.roles, drawn, settings=self.settings)
         samples = samples_of(drawn, mine, self.online.tokenizer, first_group=first)
-        with self.timed("reward"):
+        with self.clock.timed("reward"):
             raw = raw_rewards(self.source, self.known(samples, seen))
         found = scored(drawn, seen, raw, calibration=self.calibration, settings=self.settings)
         return found, samples
@@ -201,7 +199,7 @@ class Trainer:
         due = self.iteration % self.settings.monitor_every == 0 or self.iteration == 1
         last = self.iteration == self.settings.iterations
         if self.ranks.first and self.monitor.questions and (due or last):
-            with self.timed("watch"):
+            with self.clock.timed("watch"):
                 measured |= self.monitor.measure()
 
     def warn(self) -> None:
@@ -241,16 +239,6 @@ class Trainer:
                 "lines": {n: count_lines(self.out / n) for n in (CURVES, SAMPLES, TIMING)},
             },
         )  # fmt: skip
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.clock[phase] += time.perf_counter() - started
 
     def close(self) -> None:
         """The policy, the value function and the last measures; then the checkpoint goes."""
