@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 import yaml
 
 from align.algorithms import ppo
@@ -64,6 +65,12 @@ def picky(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | N
     return [None if sum(map(ord, text)) % 4 == 0 else value for value, text in given]
 
 
+def sparing(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+    """As `even`, and nothing for every fourth."""
+    given = enumerate(even(prompts, responses))
+    return [None if i % 4 == 1 else value for i, value in given]
+
+
 def nothing(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[None]:
     return [None for _ in responses]
 
@@ -95,6 +102,17 @@ def online(model: Model, *, lora: Any = LORA, seed: int = 0, **changes: Any) -> 
     return replace(made, **changes)
 
 
+def likely_to_end(model: Any, eos: int, *, push: float = 5.0) -> None:
+    """About every sixth token is then an end of turn."""
+
+    def pushed(module: Any, given: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        logits[..., eos] += push
+        return logits
+
+    model.get_output_embeddings().register_forward_hook(pushed)
+
+
 def train(model: Model, out: Path, *, given: Online | None = None, **changes: Any) -> Path:
     out.mkdir(exist_ok=True, parents=True)
     ppo.train(given or online(model), settings=settings(**changes), out=out)
@@ -102,8 +120,6 @@ def train(model: Model, out: Path, *, given: Online | None = None, **changes: An
 
 
 if __name__ == "__main__":
-    import torch
-
     from tests.conftest import model_settings
 
     torch.set_num_threads(1)

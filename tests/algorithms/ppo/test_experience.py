@@ -35,7 +35,7 @@ from align.models.logprobs import Row, token_logprobs
 from align.models.settings import Lora, Model
 from align.process_group import Ranks
 from align.rewards.role import RoleReward
-from tests.algorithms.ppo.running import online, settings
+from tests.algorithms.ppo.running import likely_to_end, online, settings
 from tests.conftest import model_settings, save_tiny
 from tests.models.test_classifier import trained
 
@@ -244,17 +244,6 @@ def test_the_end_of_turn_counts_whether_it_is_the_padding_or_not(
     assert torch.equal(one.scores, other.scores)
     assert any(g is not None and bool(g.any()) for g in gradients[0])
     assert all(map(torch.equal, *gradients))
-
-
-def likely_to_end(model: Any, eos: int) -> None:
-    """About every sixth token is then an end of turn."""
-
-    def push(module: Any, given: Any, logits: torch.Tensor) -> torch.Tensor:
-        logits = logits.clone()
-        logits[..., eos] += 5.0
-        return logits
-
-    model.get_output_embeddings().register_forward_hook(push)
 
 
 def reward_folder(model: Model, lora: Lora, folder: Path, *, mean: float, std: float) -> Path:
