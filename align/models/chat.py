@@ -99,8 +99,8 @@ def encode_prompt(
         if drop >= len(text):
             raise DataError(
                 f"a prompt of {whole} tokens does not fit into {max_tokens}: its template alone "
-                "is longer; "
-                "raise data.max_length"
+                "is longer; raise data.max_length, or where answers are sampled lower "
+                "max_new_tokens"
             )
         rest = tokenizer.decode(text[drop:]).lstrip("\ufffd")
         ids = render(tokenizer, [*kept[:-1], replace(kept[-1], content=rest)])

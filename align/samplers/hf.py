@@ -152,6 +152,7 @@ def draw(
     settings: Hf,
 ) -> None:
     """Fills `rows` in place, token by token, `settings.n` rows for each of `prompts`."""
+    ends = end_tokens(model, tokenizer)  # first of all, for a model may have none
     width = max(len(ids) for ids in prompts)
     # Left padding, so that every row's next token stands in the same column; the mask comes from
     # the lengths.
@@ -167,7 +168,6 @@ def draw(
     logits, mask, positions = (
         x.repeat_interleave(settings.n, dim=0) for x in (logits, mask, position_ids[:, -1])
     )
-    ends = end_tokens(model, tokenizer)
     alive = list(rows)
     done: list[bool] = [False] * len(rows)
     for step in range(settings.max_new_tokens):

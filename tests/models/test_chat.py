@@ -2,11 +2,12 @@
 turn.
 """
 
+from functools import partial
 from typing import Any
 
 import pytest
 
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 from align.models.chat import encode_completion, encode_pair, encode_prompt, end_of_turn
 from align.records import Message, Preference
 
@@ -90,6 +91,16 @@ def test_the_end_of_turn_is_the_templates_own(tokenizer: Any) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|system|>")
     assert tokenizer.eos_token == "<|end|>"
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|system|>")
+
+
+@pytest.mark.parametrize("ask", [end_of_turn, partial(encode_completion, text="Yes.")])
+def test_a_tokenizer_whose_turns_never_end_is_one_line(tokenizer: Any, ask: Any) -> None:
+    tokenizer.eos_token, tokenizer.chat_template = None, TEMPLATES["plain"]
+    with pytest.raises(ConfigError, match="answers would never stop") as raised:
+        ask(tokenizer)
+    assert "\n" not in str(raised.value) and "model.chat_template=FILE" in str(raised.value)
+    tokenizer.chat_template = TEMPLATES["chatml"]  # whose turns end with a special token
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
 
 
 def test_old_turns_go_before_the_last_one_is_touched(tokenizer: Any) -> None:

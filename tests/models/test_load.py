@@ -1,13 +1,16 @@
 """Models load as asked, and what cannot be loaded is one line."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 
 from align.errors import ConfigError
+from align.models.classifier import load_classifier
 from align.models.load import load_model, load_tokenizer, window
 from align.models.settings import Model
 
@@ -35,15 +38,32 @@ def test_a_tokenizer_without_a_chat_template_says_what_to_give(
     assert given.apply_chat_template(turns, tokenize=False) == "hi!"
 
 
-def test_nf4_on_a_cpu_computes_in_float32_and_never_repacks(tiny_nf4: Model) -> None:
-    import bitsandbytes
-
+def test_nf4_on_a_cpu_computes_in_float32(tiny_nf4: Model) -> None:
     model = load_model(tiny_nf4, device=torch.device("cpu"))
-    linears = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    linears = packed(model)
     assert len(linears) == 14
     assert all(linear.compute_dtype == torch.float32 for linear in linears)
-    assert not any(linear.support_avx512bf16_for_cpu for linear in linears)
     assert not model.training
+
+
+@pytest.mark.parametrize(
+    "load", [load_model, partial(load_classifier, seed=0)], ids=["model", "classifier"]
+)
+def test_nf4_is_never_repacked_on_a_cpu_that_has_bfloat16_products(
+    tiny_nf4: Model, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes packs weights anew there for a pass without gradients, and training then loses
+    its own.
+    """
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    assert bitsandbytes.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu
+    linears = packed(load(tiny_nf4, device=torch.device("cpu")))
+    assert len(linears) == 14
+    assert not any(linear.support_avx512bf16_for_cpu for linear in linears)
+
+
+def packed(model: Any) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
 
 
 def test_int8_loads(tiny: Model) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from align.errors import StageError
-from align.models.adapters import save_adapter
+from align.models.adapters import WEIGHTS, save_adapter
 from align.models.load import load_model
 from align.models.logprobs import last_hidden, token_logprobs
 from align.models.roles import Head, Roles, weights_hash
@@ -262,6 +263,34 @@ def test_a_step_at_a_small_learning_rate_moves_adapters_on_a_bf16_base(
         (a != b).float().mean() for a, b in zip(before, roles.parameters("policy"), strict=True)
     ]
     assert min(moved) > 0.9
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_frozen_adapter_costs_the_bases_precision_and_a_trained_one_keeps_float32(
+    tiny: Model, lora: Lora, tmp_path: Path, quantization: str, variant: str
+) -> None:
+    """DoRA's magnitudes among them; whichever role comes last, no trained weight is rounded."""
+    roles = Roles(load_model(replace(tiny, quantization=quantization, dtype="bfloat16")))
+    roles.add("policy", settings=replace(lora, name=variant), seed=0)
+    stirred(roles, "policy", seed=1)
+    save_adapter(roles.model, tmp_path, name="policy")
+    roles.load("reward", tmp_path)
+    roles.load("resumed", tmp_path, trained=True)
+    roles.copy("value", "reward")
+    roles.load("other", tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    kinds = {"lora_A", "lora_B", *(["lora_magnitude_vector"] if variant == "dora" else [])}
+    assert {kind for kind in kinds if any(kind in key for key in state)} == kinds
+    for name in ("policy", "resumed", "value", "reward", "other"):
+        trained = name not in ("reward", "other")
+        own = get_peft_model_state_dict(roles.model, adapter_name=name)
+        assert {w.dtype for w in own.values()} == {torch.float32 if trained else torch.bfloat16}
+        assert {p.requires_grad for p in roles.adapter_parameters(name)} == {trained}
+        saved = {k: w if name in ("policy", "resumed") else w.bfloat16() for k, w in state.items()}
+        assert own.keys() == saved.keys() and all(
+            torch.equal(own[key].float(), weight.float()) for key, weight in saved.items()
+        ), name
 
 
 def test_adapters_on_a_bf16_base_multiply_in_bf16_and_learn_in_float32(

@@ -13,7 +13,7 @@ import torch
 from align.artifacts import write_json
 from align.errors import ConfigError, StageError
 from align.judge.settings import Scripted
-from align.models.classifier import scores
+from align.models.classifier import load_reward_model, scores
 from align.models.load import load_model
 from align.models.logprobs import Row, collate, sequence_logprobs
 from align.models.roles import Roles
@@ -165,21 +165,36 @@ def test_what_a_judge_failed_at_gets_no_reward() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "close"),
+    [
+        ("none", "float32", 1e-4),
+        ("nf4", "float32", 1e-4),
+        ("int8", "float32", 1e-4),
+        # Rounded to eight bits, and the frozen adapter with it.
+        ("none", "bfloat16", 0.06),
+        ("nf4", "bfloat16", 0.06),
+    ],
+)
 def test_a_role_scores_as_the_classifier_that_it_was_trained_as(
-    tmp_path: Path, lora: Lora, architecture: str
+    tmp_path: Path, lora: Lora, architecture: str, quantization: str, dtype: str, close: float
 ) -> None:
-    settings = model_settings(save_tiny(tmp_path / "base", architecture))
-    classifier = trained(settings, lora)
-    classifier.save_pretrained(tmp_path / "saved")
+    folder = save_tiny(tmp_path / "base", architecture)
+    settings = replace(model_settings(folder, quantization=quantization), dtype=dtype)
+    trained(settings, lora).save_pretrained(tmp_path / "saved")
     roles = Roles(load_model(settings))
     roles.load("reward", tmp_path / "saved")
     samples = [sample("", ids=(9, 8, 1)), sample("", ids=(1,)), sample("", ids=(20, 21, 22, 23))]
     found = RoleReward(roles).scores(samples)
     rows = [[*s.prompt_ids, *s.completion_ids] for s in samples]
     ids = torch.tensor([row + [0] * (7 - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    classifier = load_reward_model(settings, tmp_path / "saved")
     with torch.no_grad():
-        expected = scores(classifier, input_ids=ids, lengths=torch.tensor([len(r) for r in rows]))
-    assert found == pytest.approx(expected.tolist(), abs=1e-4)
+        expected = scores(classifier, input_ids=ids, lengths=lengths)
+        before = scores(classifier, input_ids=ids, lengths=lengths - 1)
+    assert found == pytest.approx(expected.tolist(), abs=close)
+    assert float((before - expected).abs().min()) > 2 * close  # another position would be noticed
     assert roles.parameters("reward") == []
 
 
@@ -205,14 +220,28 @@ def test_an_implicit_reward_asks_the_base_only_what_nobody_knows_yet(
         source.scores([known[0], samples[1]])
 
 
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ({"hidden_size": 128}, r"its head takes 128 values, the base gives 64"),
+        ({"num_hidden_layers": 1}, r"4 weights are on one side only, \S*\.layers\.1\."),
+        ({"num_hidden_layers": 3}, r"4 weights are on one side only, \S*\.layers\.2\."),
+    ],
+    ids=["wider", "shallower", "deeper"],
+)
 def test_a_reward_model_of_another_shape_is_one_line(
-    tiny: Model, lora: Lora, tmp_path: Path
+    tiny: Model, lora: Lora, tmp_path: Path, shape: dict[str, int], says: str
 ) -> None:
-    wide = model_settings(save_tiny(tmp_path / "wide", hidden_size=128))
-    trained(wide, lora).save_pretrained(tmp_path / "saved")
-    with pytest.raises(StageError, match="does not fit the base model") as raised:
+    """PEFT takes one of another depth, and leaves layers without weights or weights without layers.
+
+    Layers go by their last name, as PEFT keeps them where there are twenty or more.
+    """
+    lora = replace(lora, target_modules=["q_proj", "down_proj"])
+    other = model_settings(save_tiny(tmp_path / "other", **shape))
+    trained(other, lora).save_pretrained(tmp_path / "saved")
+    with pytest.raises(StageError, match=rf"does not fit the base model \({says}") as raised:
         Roles(load_model(tiny)).load("reward", tmp_path / "saved")
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and str(tmp_path / "saved") in str(raised.value)
 
 
 def test_a_reward_model_with_another_tokenizer_reads_the_text(

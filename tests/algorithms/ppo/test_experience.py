@@ -31,11 +31,14 @@ from align.algorithms.ppo.trainer import Trainer
 from align.artifacts import read_json, write_json
 from align.errors import StageError
 from align.models.adapters import CONFIG
-from align.models.logprobs import Row, token_logprobs
+from align.models.load import load_model
+from align.models.logprobs import Row, last_hidden, token_logprobs
+from align.models.roles import Head, Roles
 from align.models.settings import Lora, Model
 from align.process_group import Ranks
 from align.rewards.role import RoleReward
-from tests.algorithms.ppo.running import likely_to_end, online, settings
+from align.rewards.source import Sample
+from tests.algorithms.ppo.running import likely_to_end, online, prompts, settings
 from tests.conftest import model_settings, save_tiny
 from tests.models.test_classifier import trained
 
@@ -274,6 +277,39 @@ def test_a_value_that_starts_as_the_reward_gives_its_score_behind_the_end(
     run.roles.save(POLICY, tmp_path / "saved")
     assert read_json(tmp_path / "saved" / CONFIG)["base_model_name_or_path"] == tiny.name
     assert len(run.roles.parameters(VALUE)) > 2 and run.roles.parameters("reward") == []
+
+
+@pytest.mark.parametrize("reader", ["reward", "value"])
+def test_the_end_of_a_row_is_told_by_its_length_whatever_token_stands_there(
+    tiny: Model, lora: Lora, reader: str
+) -> None:
+    """Rows are padded with token 0, and one of their own may end in it, or hold it."""
+    draw = torch.Generator().manual_seed(0)
+    roles = Roles(load_model(tiny))
+    roles.add(VALUE, settings=lora, seed=0, head=Head(torch.randn(64, generator=draw), bias=0.5))
+    for parameter in roles.adapter_parameters(VALUE):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    answers = [(9, 1), (9, 0), (8, 0, 0), (0, 8, 1), (9, 0, 0, 8, 7, 1)]
+    rows = [Row(prompt=(5, 0, 6, 7), completion=answer) for answer in answers]
+    with torch.no_grad():
+        if reader == "reward":
+            samples = [given_ids(row) for row in rows]
+            found = torch.tensor(RoleReward(roles, role=VALUE).scores(samples))
+        else:
+            found = last_value(roles, rows)
+        for row, value in zip(rows, found.tolist(), strict=True):
+            with roles.role(VALUE) as model:
+                hidden = last_hidden(model, torch.tensor([[*row.prompt, *row.completion]]))[0]
+            *elsewhere, end = roles.head(VALUE)(hidden).tolist()
+            assert value == pytest.approx(end, abs=1e-4)
+            assert min(abs(other - value) for other in elsewhere) > 0.01
+
+
+def given_ids(row: Row) -> Sample:
+    return Sample(
+        prompt=prompts(1)[0], text="", prompt_ids=tuple(row.prompt),
+        completion_ids=tuple(row.completion), finish="eos",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
