@@ -126,9 +126,11 @@ def announce(
 
 def train(trainer: PreferenceTrainer, conductor: "Conductor", folder: Path) -> None:
     """From the newest whole checkpoint to the last step, unless it is the last step's."""
-    newest = checkpoints.newest(folder)
-    if newest is not None and checkpoints.step_of(newest) >= total_steps(trainer):
+    newest, steps = checkpoints.newest(folder), total_steps(trainer)
+    if newest is not None and checkpoints.step_of(newest) >= steps:
         return
+    if steps == 1:  # a warm-up of one step, at a rate of 0, would be all there is
+        trainer.args.warmup_steps = 0
     try:
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     finally:

@@ -257,6 +257,12 @@ def test_a_half_removed_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
+def test_a_training_of_one_step_is_not_all_warm_up(tiny: Model, lora: Lora, tmp_path: Path) -> None:
+    train(tiny, lora, tmp_path, settings=replace(SETTINGS, batch_size=18, epochs=1))
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(value.any() for key, value in weights.items() if "lora_B" in key)
+
+
 def test_too_few_pairs_name_the_setting(tiny: Model, lora: Lora, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"algorithm\.batch_size=32.*18 training pairs"):
         train(tiny, lora, tmp_path, settings=replace(SETTINGS, batch_size=32))
