@@ -18,11 +18,9 @@ from align.models.settings import Model
 from align.records import OK, Comparison, Verdict
 from tests.algorithms.ppo.running import even, online, settings, train
 from tests.algorithms.ppo.test_trainer import ALONE, curves
+from tests.rewards.test_sources import scripted
 
-LONGEST = Scripted(
-    name="scripted", module=None, prefer="longest", text=None, p=0.9, statuses=None, noise=0.0,
-    cost_usd=0.0,
-)  # fmt: skip
+LONGEST = scripted(prefer="longest", p=0.9)
 PLACES = replace(LONGEST, module="tests.algorithms.ppo.test_monitor")
 shown: list[Comparison] = []
 

@@ -17,7 +17,6 @@ from align.algorithms.ppo import state
 from align.algorithms.ppo import trainer as training
 from align.algorithms.ppo.run import made
 from align.algorithms.ppo.trainer import Trainer
-from align.judge.settings import Scripted
 from align.launch import free_port
 from align.models.settings import Full, Lora, Model
 from align.process_group import Ranks, open_ranks
@@ -25,13 +24,11 @@ from align.records import Prompt
 from tests.algorithms.ppo.running import LORA, chance, online, settings, train
 from tests.algorithms.ppo.test_trainer import ALONE, curves, left
 from tests.conftest import model_settings
+from tests.rewards.test_sources import scripted
 
 LUCK = "tests.algorithms.ppo.test_resume:luck"
 FULL = Full(name="full")
-LONGEST = Scripted(
-    name="scripted", module=None, prefer="longest", text=None, p=0.9, statuses=None, noise=0.0,
-    cost_usd=0.0,
-)  # fmt: skip
+LONGEST = scripted(prefer="longest", p=0.9)
 
 
 def luck(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.artifacts import write_json
-from align.judge.settings import Scripted
 from align.models.adapters import WEIGHTS
 from align.models.load import load_tokenizer
 from align.models.settings import Lora, Model
@@ -27,12 +26,10 @@ from tests.algorithms.ppo.test_experience import reward_folder
 from tests.algorithms.ppo.test_trainer import LEARNING, curves, gain
 from tests.conftest import model_settings, save_tiny
 from tests.models.test_classifier import trained
+from tests.rewards.test_sources import scripted
 
 HERE = "tests.algorithms.ppo.test_reward_sources"
-LONGEST = Scripted(
-    name="scripted", module=None, prefer="longest", text=None, p=0.9, statuses=None, noise=0.0,
-    cost_usd=0.0,
-)  # fmt: skip
+LONGEST = scripted(prefer="longest", p=0.9)
 
 
 async def slow_even(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
