@@ -178,7 +178,8 @@ def draw(
             if math.isnan(logprob):
                 raise StageError(
                     "the model's logits are no numbers; with model.dtype=float16 its activations "
-                    "overflow: type model.dtype=bfloat16, or float32"
+                    "overflow: type model.dtype=bfloat16, or float32. Where it was just trained, "
+                    "its training collapsed: lower algorithm.learning_rate"
                 )
             if not done[i]:
                 alive[i].tokens.append(token)

@@ -36,10 +36,11 @@ def check_hopeful(measured: Mapping[str, float], iteration: int, *, settings: On
     """
     reason = hopeless(measured)
     if reason is not None:
+        key = "value_learning_rate" if reason.startswith("value_") else "learning_rate"
+        rate = getattr(settings, key)
         raise StageError(
-            f"training collapsed at iteration {iteration}: {reason}; lower "
-            f"algorithm.learning_rate (now {settings.learning_rate:g}; try "
-            f"{settings.learning_rate / 4:g})"
+            f"training collapsed at iteration {iteration}: {reason}; lower algorithm.{key} (now "
+            f"{rate:g}; try {rate / 4:g})"
         )
 
 
