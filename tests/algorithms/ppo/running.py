@@ -125,4 +125,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, quantization, where, *words = sys.argv[1:]
     changes = {key: yaml.safe_load(value) for key, value in (w.split("=", 1) for w in words)}
-    train(model_settings(Path(folder), quantization=quantization), Path(where), **changes)
+    model = model_settings(Path(folder), quantization=quantization)
+    given = online(model)
+    if changes.pop("ragged", False):
+        likely_to_end(given.base, given.tokenizer.eos_token_id)
+    train(model, Path(where), given=given, **changes)

@@ -346,14 +346,15 @@ def test_settings_that_undo_each_other_are_refused(changes: dict[str, Any], told
 
 
 def test_two_processes_make_the_steps_of_one(tiny_folder: Path, tmp_path: Path) -> None:
-    """Loss, whitening, rewards and the final adapter, within rounding; with answers that have no
-    reward, micro-batches that do not go round, and epochs that end early.
+    """Loss, whitening, rewards and the final adapter, within rounding; with answers of all lengths,
+    some without a reward, micro-batches that do not go round, and epochs that end early.
     """
     module = ["-m", "tests.algorithms.ppo.running", str(tiny_folder), "none"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = [
         "iterations=3", "value=adapter", "micro_batch_tokens=80", "epochs=4", "target_kl=0.02",
-        "reward=tests.algorithms.ppo.running:picky",
+        "reward=tests.algorithms.ppo.running:picky", "ragged=true", "max_new_tokens=36",
+        "truncated=penalty",
     ]  # fmt: skip
     subprocess.run(
         [sys.executable, *module, str(tmp_path / "one"), *words],
@@ -371,6 +372,7 @@ def test_two_processes_make_the_steps_of_one(tiny_folder: Path, tmp_path: Path) 
             assert two[key] == pytest.approx(one[key], rel=2e-3, abs=2e-4), key
     assert any("stopped_early" in line for line in curves(tmp_path / "one"))
     assert any(line["taught"] < 1 for line in curves(tmp_path / "one"))
+    assert any(0 < line["eos_rate"] < 1 for line in curves(tmp_path / "one"))
     for folder in ("adapter", "value"):
         one = load_file(tmp_path / "one" / folder / "adapter_model.safetensors")
         two = load_file(tmp_path / "two" / folder / "adapter_model.safetensors")
