@@ -1,6 +1,5 @@
 """What every training on a policy's own answers shares: its prompts, its rewards, its judge."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ import torch
 
 from align.algorithms.ppo.rollout import Question
 from align.algorithms.settings import CriticFree, Ppo
-from align.artifacts import read_json
 from align.errors import ConfigError, StageError
 from align.models.roles import Roles
+from align.models.scorer import REWARD, told_of
 from align.models.settings import Full, Lora, Model
 from align.notice import notice
 from align.rewards.function import FunctionReward
@@ -163,32 +162,25 @@ def open_source(online: Online, roles: Roles, *, reward: str, budget: int | None
 
 
 def saved_calibration(online: Online, *, reward: str) -> Calibration | None:
-    """What the reward stage found on the reference's answers and saved with the reward model."""
+    """What the reward stage found on the reference's answers and saved with the reward model.
+
+    Raises:
+        StageError: it saved nothing.
+    """
     if kind_of(reward) != ROLE or online.reward_model is None:
         return None
     found = told_of(online.reward_model)
-    return Calibration(
-        mean=found["mean"],
-        std=found["std"],
-        lowest=found.get("lowest"),
-        highest=found.get("highest"),
-    )
-
-
-def told_of(folder: Path) -> dict[str, Any]:
-    """What a reward model says of its scores.
-
-    Raises:
-        StageError: it says nothing.
-    """
-    path = folder / "reward.json"
     try:
-        found = read_json(path)
-        return {**found, "mean": float(found["mean"]), "std": float(found["std"])}
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        return Calibration(
+            mean=float(found["mean"]),
+            std=float(found["std"]),
+            lowest=found.get("lowest"),
+            highest=found.get("highest"),
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise StageError(
-            f"{path}: no calibration of the reward model ({error}); remove its artifact and run "
-            "again"
+            f"{online.reward_model / REWARD}: no calibration of the reward model ({error!r}); "
+            "remove its artifact and run again"
         ) from error
 
 

@@ -255,6 +255,16 @@ def reward_folder(model: Model, lora: Lora, folder: Path, *, mean: float, std: f
     return folder
 
 
+@pytest.mark.parametrize("told", [{}, {"mean": "high", "std": 1.0}, {"mean": 0.0, "std": None}])
+def test_a_reward_model_that_does_not_say_how_its_scores_spread_is_one_line(
+    tiny: Model, lora: Lora, tmp_path: Path, told: dict[str, Any]
+) -> None:
+    folder = reward_folder(tiny, lora, tmp_path / "reward", mean=0.0, std=1.0)
+    write_json(folder / "reward.json", told)
+    with pytest.raises(StageError, match=r"reward\.json: no calibration .*remove its artifact"):
+        trainer(tiny, tmp_path, online(tiny, reward_model=folder), reward="role")
+
+
 def test_a_value_that_starts_as_the_reward_gives_its_score_behind_the_end(
     tiny: Model, lora: Lora, tmp_path: Path
 ) -> None:
