@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,16 +32,12 @@ SHOWN = [
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def start(workspace: Path, *words: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
+def start(
+    workspace: Path, *words: str, options: tuple[str, ...] = (), small: Sequence[str] = SMALL
+) -> subprocess.Popen:
     command = [
-        sys.executable,
-        *options,
-        "-m",
-        "align.run",
-        *SMALL,
-        f"workspace={workspace}",
-        *words,
-    ]
+        sys.executable, *options, "-m", "align.run", *small, f"workspace={workspace}", *words
+    ]  # fmt: skip
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -4,14 +4,12 @@ of the same run, and a page for each.
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.test_pipeline import ENVIRONMENT, finish
+from tests.test_pipeline import finish, start
 
 SMALL = [
     "recipe=ppo", "data.limit=24", "sampler.n=2", "sampler.max_new_tokens=32",
@@ -34,17 +32,7 @@ SHOWN = [
 
 
 def run(workspace: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "align.run", *SMALL, f"workspace={workspace}", *words]
-    return finish(
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
-            start_new_session=True,
-        )
-    )
+    return finish(start(workspace, *words, small=SMALL))
 
 
 def rows(workspace: Path, name: str) -> list[dict[str, Any]]:
